@@ -1,0 +1,1 @@
+"""Recipes and DeepSpeed configurations: typed, checked in milliseconds, without torch."""

@@ -1,0 +1,289 @@
+"""The recipe: every setting of a run, typed, documented and checked.
+
+Defaults are the paper's ViT-L on ImageNet-21K; where the paper leaves a detail open, the docstring says whose choice the
+default is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+"""A number in (0, 1]."""
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where a run lives and how it computes."""
+
+    name: str = ""
+    """Folder below `root`; empty: the recipe file's name."""
+    root: str = "runs"
+    """Folder of all runs."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of order, views, initial weights and drop-path."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on older GPUs (V100), fp32 on CPUs."""
+
+
+class DataConfig(Section):
+    """Shards, their order, and the augmented views."""
+
+    shards: str = "shards"
+    """Folder that holds SPLIT.manifest.json, SPLIT.index.npy and the tar files."""
+    split: str = "train"
+    """Which manifest in that folder is trained on."""
+    order: Literal["global", "windowed"] = "windowed"
+    """`global`: one permutation of all samples (local disks). `windowed`: shards are permuted, then the samples of
+    `window_shards` shards at a time (network file systems)."""
+    window_shards: int = Field(64, ge=1)
+    """Shards that are mixed with each other under `windowed`."""
+    img_size: int = Field(224, ge=1)
+    """Side of the square view in pixels (paper, Section 4.1)."""
+    views: int | Literal["fresh"] = 4
+    """Epoch e shows view e mod `views`, so that masks can be stored; `fresh` is a new view every epoch."""
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    """Area of the random resized crop, as a share of the image (dBOT)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random resized crop."""
+    hflip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip (dBOT)."""
+    workers: int = Field(8, ge=0)
+    """Loader processes a rank; 0 decodes in the training process."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.views != "fresh" and self.views < 1:
+            raise ValueError(f"views must be at least 1 or fresh, got {self.views}")
+        if self.crop_scale[0] > self.crop_scale[1] or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError("crop_scale and crop_ratio must be two rising positive numbers")
+        return self
+
+
+class StudentConfig(Section):
+    """The student ViT: a timm name, sizes that replace the named model's, and heads removed at export."""
+
+    model: str = "vit_large_patch16_224"
+    """Name of a timm VisionTransformer; weights are always random (paper, Section 3.1)."""
+    patch_size: int | None = Field(None, ge=1)
+    """Replaces the named model's, as the four below."""
+    embed_dim: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float | None = Field(None, gt=0)
+    drop_path: float = Field(0.2, ge=0, lt=1)
+    """Stochastic depth of the last block, rising linearly from 0 (dBOT: 0.2 for B and L)."""
+    decoder: Literal["linear", "identity"] = "linear"
+    """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean subtracted from the image in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per-channel deviation the image is divided by."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Activation checkpointing: recompute every n-th block in the backward pass; 1: every block, 0: none."""
+
+
+class TeacherConfig(Section):
+    """One frozen teacher."""
+
+    source: Literal["timm", "open_clip", "file"] = "timm"
+    """`timm` and `open_clip` take an architecture by `name`; `file` takes it from the file at `weights` (hdscale's)."""
+    name: str = ""
+    """`vit_large_patch16_224.mae` for timm; `ViT-L-14` for open_clip."""
+    weights: str = "pretrained"
+    """`pretrained` (timm's), an open_clip tag such as `openai`, `random` (tests and smoke runs), or a file's path."""
+    img_size: int | None = Field(None, ge=1)
+    """Side of the square the teacher is fed, in pixels; left out: student grid x teacher patch size, so that the grids
+    match (a CLIP-L/14 is fed 196 px for 14 x 14 tokens)."""
+    target: Literal["norm", "pre_norm", "projected"] = "norm"
+    """Feature teacher: last block's tokens after the final norm, before it, or projected (CLIP)."""
+    sharding: Literal["replicate", "zero3"] = "zero3"
+    """Between steps, each rank holds the whole teacher, or its share of it (DeepSpeed ZeRO-3 inference engine)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source == "file" and self.weights in ("pretrained", "random"):
+            raise ValueError("weights must be a file's path when source is file")
+        if self.source != "file" and not self.name:
+            raise ValueError(f"name must say which {self.source} model to build")
+        return self
+
+
+class RelationConfig(Section):
+    """Token relations R = QK^T (Eq. 2) and how they are compared."""
+
+    layers: tuple[int, ...] = (-3, -2)
+    """Blocks, 0-indexed, negative from the end: the two before the last (Eq. 3; Table 7's "10,11" of 12)."""
+    scale: Literal["scaled", "raw", "softmax"] = "scaled"
+    """`scaled`: QK^T / sqrt(E); `raw`: Eq. 2 to the letter; `softmax`: attention probabilities (TinyMIM)."""
+    heads: Literal["per_head", "merged"] = "per_head"
+    """`merged` sums over heads, which is the full-width QK^T and takes unequal head counts."""
+    cls: Literal["include", "exclude"] = "include"
+    """Keep the class token's row and column when student and teacher both have one."""
+    loss: Literal["smooth_l1", "kl"] = "smooth_l1"
+    """Paper: smooth L1; `kl` needs `scale: softmax` (TinyMIM)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.loss == "kl" and self.scale != "softmax":
+            raise ValueError(f"loss kl needs scale softmax, got {self.scale}")
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must name different blocks, got {list(self.layers)}")
+        return self
+
+
+class MaskConfig(Section):
+    """Which patch tokens the student sees (Eq. 4)."""
+
+    strategy: Literal["none", "random", "direct", "progressive"] = "progressive"
+    """Table 8's rows: `direct` keeps the least redundant tokens of the relation teacher's last layer in one go."""
+    stage_keep_ratio: Fraction = 0.7
+    """`progressive`: share kept at each stage; 0.7 three times is 66 of 196."""
+    keep_ratio: Fraction = 0.35
+    """`random` and `direct`: share kept."""
+    layers: tuple[int, ...] | None = None
+    """`progressive`: blocks, 0-indexed, at which tokens are dropped; left out: 0, L/3 and 2L/3 (Section 4.1)."""
+    at: Literal["output", "input"] = "output"
+    """Similarity is taken at these blocks' output (PCAE) or input (the paper's text)."""
+    source: Literal["online", "store"] = "store"
+    """Computed in the step by the relation teacher, or read from `store`."""
+    store: str = "masks"
+    """Folder written by launch/precompute_masks.py."""
+    images_per_forward: int = Field(16, ge=1)
+    """The mask teacher always runs on exactly this many images (the last group is filled up): a matrix product rounds
+    by its shape, and a different rounding could keep a different token. Part of the store's fingerprint."""
+
+
+class TargetsConfig(Section):
+    """Where teacher targets come from."""
+
+    source: Literal["online"] = "online"
+    """Computed in the step."""
+
+
+class LossConfig(Section):
+    """Eq. 1."""
+
+    alpha: float = Field(1.0, ge=0)
+    """Weight of the relation term (Section 4.1; Table 12)."""
+    beta: float = Field(2.0, gt=0)
+    """Smooth L1's change from square to line (dBOT, FD)."""
+    target_norm: Literal["layer_norm", "none"] = "layer_norm"
+    """Standardise each target token without affine parameters (dBOT, FD)."""
+
+
+class OptimConfig(Section):
+    """AdamW and batch sizes; gradient accumulation is derived from them and the number of ranks."""
+
+    global_batch_size: int = Field(1024, ge=1)
+    """Images an optimizer step, over all ranks (Section 4.1)."""
+    micro_batch_size: int = Field(32, ge=1)
+    """Images a rank forwards at once: what fits in memory."""
+    lr: float = Field(6e-4, gt=0)
+    """Peak learning rate (Section 4.1: 6e-4 at batch 1024); not rescaled by batch size."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW moments (dBOT)."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Not applied to norms, biases and tokens (Section 4.1)."""
+    clip: float = Field(3.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Length and learning rate over time."""
+
+    epochs: float = Field(40, gt=0)
+    """Passes over the data (Section 4.1: 40 on ImageNet-21K)."""
+    warmup_epochs: float = Field(2, ge=0)
+    """Linear warm-up from 0 (EVA-L: a share of 2 in 150; dBOT's 40 would fill the run)."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where the cosine ends."""
+    stop_after: int | None = Field(None, ge=1)
+    """Stop, with a checkpoint, after this step of the full schedule; the schedule itself does not change."""
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep."""
+
+    every_steps: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints; the last step always saves."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class LogConfig(Section):
+    """Metrics."""
+
+    every_steps: int = Field(20, ge=1)
+    """Optimizer steps between lines of metrics.jsonl; losses are means over them."""
+    attention_every_epochs: float = Field(0, ge=0)
+    """Epochs between head-distance and NMI curves of the student in TensorBoard; 0: at the end only."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out samples."""
+
+    split: str = "val"
+    """Manifest in `data.shards` that is held out; it may be absent."""
+    neighbors: int = Field(5, ge=1)
+    """k of the k-NN classifier."""
+    attention_images: int = Field(64, ge=1)
+    """Held-out images over which attention statistics are averaged."""
+
+
+class PretrainConfig(Section):
+    """launch/pretrain_teacher.py only."""
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """MAE: share of patches hidden from the encoder."""
+    decoder_dim: int = Field(512, ge=1)
+    decoder_depth: int = Field(8, ge=1)
+    decoder_heads: int = Field(16, ge=1)
+    """MAE's decoder, thrown away afterwards."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Supervised: DeiT's."""
+
+
+class Recipe(Section):
+    """Everything that decides a run; `launch/recipes/*.yaml` and `key=value` arguments fill it."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    student: StudentConfig = StudentConfig()
+    feature_teacher: TeacherConfig | None = TeacherConfig(source="open_clip", name="ViT-L-14", weights="openai")
+    """Supervised or contrastive teacher of last-layer features; null: the paper's Distill-MAE baselines."""
+    relation_teacher: TeacherConfig | None = TeacherConfig(source="timm", name="vit_large_patch16_224.mae")
+    """MAE teacher of token relations and masks; null: the paper's Distill-CLIP and Distill-DeiT baselines."""
+    relation: RelationConfig = RelationConfig()
+    mask: MaskConfig = MaskConfig()
+    targets: TargetsConfig = TargetsConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        needs_teacher = self.mask.strategy in ("direct", "progressive")
+        if needs_teacher and self.mask.source == "online" and self.relation_teacher is None:
+            raise ValueError(f"mask.strategy {self.mask.strategy} with mask.source online needs a relation_teacher")
+        if needs_teacher and self.mask.source == "store" and self.data.views == "fresh":
+            raise ValueError("mask.source store needs a number of data.views; fresh views need mask.source online")
+        if self.schedule.warmup_epochs >= self.schedule.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs must be below schedule.epochs {self.schedule.epochs}, "
+                f"got {self.schedule.warmup_epochs}"
+            )
+        return self

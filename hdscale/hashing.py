@@ -1,0 +1,55 @@
+"""Fixed integer hashes: order, views and random masks must not change with a library's version.
+
+`numpy.random.Generator` streams may change between NumPy releases; these functions are written out and never will.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Mix 64-bit integers: the output function of splitmix64 (Steele, Lea, Flood 2014).
+
+    Args:
+        values: any shape, uint64.
+
+    Returns:
+        The same shape, uint64; a bijection of the input.
+    """
+    with np.errstate(over="ignore"):
+        z = values + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX1
+        z = (z ^ (z >> np.uint64(27))) * _MIX2
+        return z ^ (z >> np.uint64(31))
+
+
+def hash64(*parts: int | np.ndarray) -> np.ndarray:
+    """Hash integers, or broadcastable arrays of them, to uint64; the order of the parts matters."""
+    state = np.zeros((), dtype=np.uint64)
+    for part in parts:
+        word = np.asarray(part).astype(np.int64).view(np.uint64) if isinstance(part, np.ndarray) else _word(part)
+        state = splitmix64(state ^ word)
+    return state
+
+
+def _word(part: int) -> np.ndarray:
+    return np.asarray(part & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+
+
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """Turn uint64 hashes into float64 in [0, 1), from their upper 53 bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def json_digest(value: Any) -> str:
+    """Return the sha256 of a JSON-able value, independent of key order and spacing."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,50 @@
+"""Named tuples passed between stages.
+
+Shape letters, project-wide: B images, C H W image, N patch tokens, K kept patch tokens, P prefix tokens (class and
+registers), D student width, T teacher width, A attention heads, E head width.
+
+Named tuples, because ZeRO-3 hooks look only into tuples, lists and dicts for the tensors of a module's output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, as the loader yields it."""
+
+    images: Tensor  # (B, 3, H, W) uint8, RGB, already augmented
+    labels: Tensor  # (B,) int64
+    sample_ids: Tensor  # (B,) int64: rows of the index
+    views: Tensor  # (B,) int64: the augmented view of each sample (a batch may straddle two epochs)
+    epochs: Tensor  # (B,) int64: the epoch each sample belongs to
+    keep_indices: Tensor | None  # (B, K) int64 ascending, when masks come from a store
+
+
+class ViTOutput(NamedTuple):
+    """What one forward of a vision transformer gives; a field nobody asked for is None or empty."""
+
+    patch_tokens: Tensor | None  # (B, N or K, T): the last block's tokens, after the chosen final stage
+    queries: tuple[Tensor, ...]  # per relation layer (B, A, P + N or K, E), as the attention uses them, not yet scaled
+    keys: tuple[Tensor, ...]  # per relation layer (B, A, P + N or K, E)
+    stage_tokens: tuple[Tensor, ...]  # per mask layer (B, N, T) patch tokens
+
+
+class Targets(NamedTuple):
+    """What the teachers say about one micro-batch: Eq. 1 without the student. Nothing here needs a gradient."""
+
+    keep_indices: Tensor | None  # (B, K) int64 ascending; None: the student sees all N tokens
+    features: Tensor | None  # (B, K or N, T) feature teacher's patch tokens, not yet standardised
+    relations: tuple[Tensor, ...]  # per relation layer (B, A or 1, P' + K, P' + K) float32; empty without that teacher
+
+
+class LossTerms(NamedTuple):
+    """Scalars of one micro-step, on the device; `total` is the only one to call backward on."""
+
+    total: Tensor
+    feature: Tensor
+    relation: Tensor
