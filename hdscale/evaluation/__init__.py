@@ -1,0 +1,1 @@
+"""What a student learned, on held-out samples."""
