@@ -1,0 +1,1 @@
+"""What attention has learned: distances, diversity."""
