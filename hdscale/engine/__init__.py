@@ -1,0 +1,1 @@
+"""Ranks, DeepSpeed engines, schedule, checkpoints, metrics and the training loop."""

@@ -1,0 +1,153 @@
+"""DeepSpeed engines: ZeRO-2 or ZeRO-3 for what trains, ZeRO-3 without an optimizer for what does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+from torch import nn
+
+from hdscale.engine.ranks import DTYPES
+from hdscale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from hdscale.config.recipe import OptimConfig
+
+_TOKEN_PARAMETERS = ("cls_token", "reg_token", "mask_token", "pos_embed")
+
+
+def check_zero_section(path: Path, ds_config: Mapping[str, Any]) -> None:
+    """Refuse keys and values of `zero_optimization` that DeepSpeed would refuse, in one line."""
+    try:
+        DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: zero_optimization.{field}: {first['msg']}, got {first['input']!r}") from error
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split trainable parameters: no decay on norms, biases and tokens (paper, Section 4.1, after dBOT).
+
+    Call it before the engine is built: ZeRO-3 replaces shapes by (0,).
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            token = name.rpartition(".")[2] in _TOKEN_PARAMETERS
+            (plain if parameter.ndim <= 1 or token else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def student_ds_config(
+    ds_config: Mapping[str, Any], optim: OptimConfig, *, accumulation: int, precision: str
+) -> dict[str, Any]:
+    """Complete a checked `ds_configs/` file with the numbers that the recipe decides."""
+    return {
+        "steps_per_print": 2**31 - 1,  # our own log says more
+        **ds_config,
+        "train_micro_batch_size_per_gpu": optim.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        # Left out, it means 1.0; 0 is DeepSpeed's "no clipping".
+        "gradient_clipping": optim.clip,
+        "zero_force_ds_cpu_optimizer": False,
+        **_precision_section(precision),
+    }
+
+
+def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig) -> deepspeed.DeepSpeedEngine:
+    """Wrap the one trainable module; AdamW, or DeepSpeed's CPU AdamW where the config offloads the optimizer."""
+    groups = parameter_groups(module, optim.weight_decay)
+    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if "offload_optimizer" in ds_config["zero_optimization"]:
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    # A teacher engine's groups must never become the student's: it would silently train on fewer ranks (seen with mpu=).
+    assert engine.dp_world_size == torch.distributed.get_world_size()
+    _create_moments(engine)
+    return engine
+
+
+def build_teacher_engine(
+    teacher: nn.Module, ds_config: Mapping[str, Any], *, sharding: str, precision: str, device: torch.device
+) -> nn.Module:
+    """Place a frozen teacher: whole on every rank (`replicate`), or each rank's share of it (`zero3`)."""
+    teacher = teacher.to(DTYPES[precision])
+    if sharding == "replicate":
+        return teacher.to(device)
+    config = {
+        "steps_per_print": 2**31 - 1,
+        **ds_config,
+        "train_micro_batch_size_per_gpu": 1,
+        **_precision_section(precision),
+    }
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    return engine.eval()
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """Gather a possibly sharded module's parameters and buffers on the CPU; every rank has to call it."""
+    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    state: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in inner.named_buffers()}
+    for name, parameter in inner.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def held_elements(module: nn.Module) -> int:
+    """Count the parameter elements that this rank holds now, sharded or whole."""
+    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    count = 0
+    for parameter in inner.parameters():
+        share = getattr(parameter, "ds_tensor", None)
+        count += parameter.numel() + (share.numel() if share is not None and parameter.numel() == 0 else 0)
+    return count
+
+
+def configure_checkpointing(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own)."""
+    section = ds_config.get("activation_checkpointing")
+    if not section:
+        return None
+    deepspeed.checkpointing.configure(None, deepspeed_config={"train_batch_size": 1, "activation_checkpointing": section})
+    return deepspeed.checkpointing.checkpoint
+
+
+def _create_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Create AdamW's state now instead of at its first step.
+
+    A checkpoint can then be restored before that step; and ZeRO-2 links each parameter to its moments once, inside the
+    first group's first step, when the second group has none yet: with two groups, the public getters fail from then on.
+    """
+    zero = engine.optimizer
+    is_stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    on_cpu_adam = isinstance(zero.optimizer, DeepSpeedCPUAdam)
+    for flat in zero.fp32_partitioned_groups_flat if is_stage3 else zero.single_partition_of_fp32_groups:
+        zero.optimizer.state[flat] = {
+            "step": 0 if on_cpu_adam else torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    if not is_stage3:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _precision_section(precision: str) -> dict[str, Any]:
+    if precision == "fp16":
+        return {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}}
+    if precision == "bf16":
+        return {"bf16": {"enabled": True}}
+    return {}

@@ -1,0 +1,55 @@
+"""Numbers of a run: `metrics.jsonl` and TensorBoard, written by the first rank. The one file that knows TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsWriter:
+    """Appends one JSON object a logged step and mirrors its numbers to TensorBoard."""
+
+    def __init__(self, run_folder: Path, start_step: int) -> None:
+        path = run_folder / METRICS_FILE
+        # Lines of steps that a resumed run makes again would stand there twice.
+        kept = [line for line in read_metrics(run_folder) if line["step"] <= start_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(run_folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Write one logged step; `metrics` has the keys of DESIGN's `metrics.jsonl`, None for what is unknown."""
+        self._file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if name != "step" and value is not None:
+                self._tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
+
+    def close(self) -> None:
+        """Flush both files."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Read a run's logged steps; empty when there are none."""
+    path = run_folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    # A killed run may leave half a line at the end.
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def write_scalars(run_folder: Path, step: int, scalars: Mapping[str, float]) -> None:
+    """Add scalars to a run's TensorBoard folder, such as the analysis of its finished student."""
+    with SummaryWriter(str(run_folder / TENSORBOARD_FOLDER)) as writer:
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)

@@ -1,0 +1,233 @@
+"""The training loop: one for distillation and for pretraining a teacher."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from hdscale.engine.checkpoint import save_checkpoint
+from hdscale.engine.training_state import gather_shard, optimizer_state
+from hdscale.hashing import hash64
+from hdscale.types import Batch, LossTerms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from deepspeed import DeepSpeedEngine
+
+    from hdscale.config.recipe import CheckpointConfig, LogConfig
+    from hdscale.engine.metrics import MetricsWriter
+    from hdscale.engine.ranks import Ranks
+    from hdscale.engine.schedule import Schedule
+    from hdscale.engine.stop import StopFlag
+
+
+class Plan(NamedTuple):
+    """How far to go and in what portions."""
+
+    schedule: Schedule
+    start_step: int
+    end_step: int
+    accumulation: int
+    global_batch_size: int
+    num_samples: int
+    seed: int
+    flops_per_image: float | None
+    peak_flops: float | None
+
+
+class Trainer(NamedTuple):
+    """Everything that a run holds between steps; `prepare` turns a batch into the engine's arguments."""
+
+    engine: DeepSpeedEngine
+    prepare: Callable[[Batch], tuple[Any, ...]]
+    ranks: Ranks
+    plan: Plan
+    run_folder: Path
+    fingerprints: dict[str, Any]
+    log: LogConfig
+    checkpoint: CheckpointConfig
+    report: Callable[[dict[str, Any]], None]
+
+
+def train_step(engine: DeepSpeedEngine, prepare: Callable[[Batch], tuple[Any, ...]], batch: Batch) -> LossTerms:
+    """Run one micro-step; return device tensors and never wait for the device.
+
+    `engine.step()` updates weights only at DeepSpeed's accumulation boundary.
+    """
+    terms = engine(*prepare(batch))
+    engine.backward(terms.total)
+    engine.step()
+    return LossTerms(*(term.detach() for term in terms))
+
+
+def train(trainer: Trainer, batches: Iterator[Batch], metrics: MetricsWriter | None, stop: StopFlag) -> int:
+    """Train from `plan.start_step` to `plan.end_step`, or until a stop is asked for.
+
+    Args:
+        trainer: engine and settings.
+        batches: this rank's micro-batches from the start step on.
+        metrics: the first rank's writer, None elsewhere.
+        stop: shared between ranks.
+
+    Returns:
+        The number of optimizer steps done; a checkpoint of that step is on disk.
+    """
+    plan = trainer.plan
+    meter = _Meter(trainer.ranks)
+    step = saved = plan.start_step
+    while step < plan.end_step:
+        _set_lr(trainer.engine, plan.schedule.lr(step))
+        for micro_step in range(plan.accumulation):
+            seed_everything(plan.seed, step, micro_step, trainer.ranks.rank)
+            meter.add(train_step(trainer.engine, trainer.prepare, to_device(meter.wait_for(batches), trainer.ranks)))
+        step += 1
+        stopping = stop.any_rank()
+        if step % trainer.log.every_steps == 0 or step == plan.end_step or stopping:
+            _log(trainer, meter, metrics, step)
+        if step % trainer.checkpoint.every_steps == 0:
+            saved = _save(trainer, step)
+            meter.restart_clock()
+        if stopping:
+            break
+    if saved != step:
+        _save(trainer, step)
+    return step
+
+
+def seed_everything(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seed drop-path from where we are, so that a resumed run needs no saved random state."""
+    torch.manual_seed(int(hash64(seed, step, micro_step, rank)) >> 1)
+
+
+def to_device(batch: Batch, ranks: Ranks) -> Batch:
+    """Copy what the device computes on; sample ids, views and epochs stay with the CPU, which looks masks up by them."""
+    if ranks.device.type == "cpu":
+        return batch
+    moved = {
+        name: value.to(ranks.device, non_blocking=True)
+        for name in ("images", "labels", "keep_indices")
+        if (value := getattr(batch, name)) is not None
+    }
+    return batch._replace(**moved)
+
+
+class _Meter:
+    """Sums losses on the device and seconds on the host between two log lines."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._sums = torch.zeros(len(LossTerms._fields), device=ranks.device)
+        self._count = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+        self._images = 0
+        self._paused = 0.0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        self._images += len(batch.images)
+        return batch
+
+    def add(self, terms: LossTerms) -> None:
+        self._sums += torch.stack([term.float() for term in terms])
+        self._count += 1
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last log line out of the rate (a checkpoint was written)."""
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._images = 0
+
+    def read(self) -> tuple[LossTerms, float, float]:
+        """Reduce over ranks and start anew; this waits for the device.
+
+        Returns:
+            Mean losses, images a second over all ranks, the share of time spent waiting for data.
+        """
+        means = self._sums / max(1, self._count)
+        dist.all_reduce(means)
+        losses = LossTerms(*(means / self._ranks.world_size).tolist())
+        elapsed = time.perf_counter() - self._started
+        rate = self._images * self._ranks.world_size / elapsed
+        share = self._waited / elapsed
+        self._sums.zero_()
+        self._count = 0
+        self.restart_clock()
+        return losses, rate, share
+
+
+def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: int) -> None:
+    losses, rate, data_wait = meter.read()
+    plan = trainer.plan
+    if not all(torch.isfinite(torch.tensor(losses)).tolist()) and not _scaled(trainer.engine):
+        raise FloatingPointError(f"the loss is not finite at step {step}: {losses}; the last checkpoint is unharmed")
+    if metrics is None:
+        return
+    samples = step * plan.global_batch_size
+    norm = trainer.engine.get_global_grad_norm()
+    mfu = None
+    if plan.flops_per_image and plan.peak_flops:
+        mfu = rate * plan.flops_per_image / (plan.peak_flops * trainer.ranks.world_size)
+    line = {
+        "step": step,
+        "epoch": samples / plan.num_samples,
+        "samples_seen": samples,
+        "loss": losses.total,
+        "loss_feature": losses.feature,
+        "loss_relation": losses.relation,
+        "lr": plan.schedule.lr(step - 1),
+        "grad_norm": None if norm is None else float(norm),
+        "loss_scale": float(trainer.engine.optimizer.loss_scale),
+        "images_per_second": rate,
+        "data_wait": data_wait,
+        "mfu": mfu,
+        "memory_gb": peak_memory_gb(trainer.ranks),
+    }
+    metrics.write(line)
+    trainer.report(line)
+
+
+def peak_memory_gb(ranks: Ranks) -> float:
+    """Return this process's peak: allocated GPU memory, or resident memory on a CPU; 10^9 bytes."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device) / 1e9
+    import resource  # noqa: PLC0415 - not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _scaled(engine: DeepSpeedEngine) -> bool:
+    """Whether the engine itself skips steps with infinities (fp16's dynamic loss scale)."""
+    return engine.fp16_enabled()
+
+
+def _set_lr(engine: DeepSpeedEngine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _save(trainer: Trainer, step: int) -> int:
+    state = {
+        "step": step,
+        "cursor": step * trainer.plan.global_batch_size,
+        **optimizer_state(trainer.engine),
+        "quarantine": [],
+        "fingerprints": trainer.fingerprints,
+    }
+    shard = gather_shard(trainer.engine, trainer.ranks.rank, trainer.ranks.world_size)
+    save_checkpoint(
+        trainer.run_folder,
+        shard,
+        state,
+        rank=trainer.ranks.rank,
+        world_size=trainer.ranks.world_size,
+        keep=trainer.checkpoint.keep,
+    )
+    return step
