@@ -44,7 +44,7 @@ def drop_prefix(attention: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def head_distance(attention: Tensor, grid_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> Tensor:
-    """Average head distance: how far from itself a query looks, weighted by attention (Section 3.2).
+    """Average head distance: how far from itself a query looks, weighted by attention (Section 2.1).
 
     Args:
         attention: (B, A, N, N) from query (third axis) to key, rows summing to 1.
@@ -71,7 +71,7 @@ def head_distance(attention: Tensor, grid_size: int | tuple[int, int], patch_siz
 def normalized_mutual_information(attention: Tensor) -> Tensor:
     """Mutual information of query and key over the root of their entropies: I(q, k) / sqrt(H(q) H(k)), p(q) = 1 / N.
 
-    0: every query looks at the same places; 1: each query looks at a place of its own.
+    Section 2.1. 0: every query looks at the same places; 1: each query looks at a place of its own.
 
     Args:
         attention: (B, A, N, N) from query (third axis) to key, rows summing to 1.

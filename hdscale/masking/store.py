@@ -13,22 +13,23 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hdscale.errors import UserError
 from hdscale.masking.bits import row_bytes, rows_with_other_count, unpack_indices
 
 FORMAT = 1
+"""Of manifest and parts."""
 PART_SIZE = 131_072
-_MANIFEST_NAMES = ("manifest.json", "manifest.json.tmp")
+"""Sample ids a part."""
 OPEN_PARTS = 128
 """Parts a reader keeps mapped: one view of ImageNet-21K has 109, and each takes a file descriptor."""
 
+_MANIFEST_NAMES = ("manifest.json", "manifest.json.tmp")
 RUN_PRECOMPUTE = "run launch/precompute_masks.py"
 OTHER_STORE = f"{RUN_PRECOMPUTE} with mask.store=OTHER_FOLDER"
 
@@ -102,7 +103,7 @@ class MaskStore:
             path.mkdir(parents=True, exist_ok=True)
             foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _MANIFEST_NAMES)
             if foreign and not (path / "manifest.json").exists():
-                raise UserError(f"{path}: mask.store must be an empty folder or a mask store, found {foreign[0]} in it")
+                raise UserError(f"{path}: mask.store must be an empty folder, found {foreign[0]}: choose another")
             text = json.dumps({"format": FORMAT, **wanted._asdict()}, indent=2)
             _write_staged(path / "manifest.json", lambda file: file.write(text.encode()))
         except OSError as error:

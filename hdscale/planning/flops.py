@@ -1,0 +1,176 @@
+"""FLOPs of a step, 2 a multiply-add, equal to what torch's counter sees; and the peak of known devices.
+
+Norms, activations, softmax and losses are left out, as in torch's counter and in published figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class ViTSizes(NamedTuple):
+    """The sizes of a vision transformer that decide its cost."""
+
+    depth: int
+    embed_dim: int
+    num_patches: int
+    patch_size: int  # pixels
+    num_prefix_tokens: int = 1
+    mlp_ratio: float = 4.0
+
+
+def block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float = 4.0) -> int:
+    """FLOPs of one block's forward: 24 n d^2 + 4 n^2 d at mlp_ratio 4."""
+    linears = 2 * num_tokens * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))
+    return linears + 4 * num_tokens**2 * embed_dim
+
+
+def embed_flops(vit: ViTSizes) -> int:
+    """FLOPs of the patch embedding's forward: all patches, whatever is kept afterwards."""
+    return 2 * vit.num_patches * 3 * vit.patch_size**2 * vit.embed_dim
+
+
+def vit_forward_flops(vit: ViTSizes, num_keep: int | None = None) -> int:
+    """FLOPs of a forward of one image without head; blocks see `num_keep` patches, or all of them."""
+    num_tokens = _num_tokens(vit, num_keep)
+    return embed_flops(vit) + vit.depth * block_flops(num_tokens, vit.embed_dim, vit.mlp_ratio)
+
+
+def student_step_flops(
+    vit: ViTSizes, num_keep: int | None = None, teacher_dim: int = 0, relations: int = 0, recomputed_blocks: int = 0
+) -> int:
+    """FLOPs of the student's forward and backward on one image: 3 forwards, but none back into the image.
+
+    Args:
+        vit: the student.
+        num_keep: K, or None for all patches.
+        teacher_dim: T, of the linear head onto the feature teacher's width; 0: no such head.
+        relations: layers whose QK^T is computed for the relation loss.
+        recomputed_blocks: blocks run again in the backward pass by activation checkpointing. Leave them out of
+            utilisation figures: the work is not the model's.
+    """
+    num_tokens, patches = _num_tokens(vit, num_keep), _num_tokens(vit, num_keep) - vit.num_prefix_tokens
+    blocks = (3 * vit.depth + recomputed_blocks) * block_flops(num_tokens, vit.embed_dim, vit.mlp_ratio)
+    head = 2 * patches * vit.embed_dim * teacher_dim
+    return 2 * embed_flops(vit) + blocks + 3 * head + 3 * relations * _relation_flops(vit, num_tokens)
+
+
+def relation_teacher_flops(
+    vit: ViTSizes, num_keep: int | None = None, relation_layers: Sequence[int] = (-3, -2), mask_blocks: int = 0
+) -> int:
+    """FLOPs of the relation teacher's forward on one image, pruned after the query and key of the last layer used.
+
+    Args:
+        vit: the teacher, which sees all patches.
+        num_keep: K tokens whose relations are taken, or None for all.
+        relation_layers: blocks, negative from the end; empty when the teacher only makes masks.
+        mask_blocks: blocks that masks made online need whole: the last mask layer's number plus one.
+    """
+    num_tokens, dim = _num_tokens(vit), vit.embed_dim
+    whole_blocks = max((layer % vit.depth for layer in relation_layers), default=0)
+    query_key = 2 * num_tokens * dim * 2 * dim if relation_layers and whole_blocks >= mask_blocks else 0
+    blocks = max(whole_blocks, mask_blocks) * block_flops(num_tokens, dim, vit.mlp_ratio)
+    relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
+    return embed_flops(vit) + blocks + query_key + relations
+
+
+def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_dim: int = 0) -> int:
+    """FLOPs of the feature teacher's forward on one image, whose last block answers for the kept patches only.
+
+    Args:
+        vit: the teacher, which sees all patches.
+        num_keep: K tokens whose features are taken, or None for all: then nothing is pruned.
+        projected_dim: width of CLIP's projection, where the target is projected.
+    """
+    num_tokens, dim = _num_tokens(vit), vit.embed_dim
+    block = block_flops(num_tokens, dim, vit.mlp_ratio)
+    queries = vit.num_patches if num_keep is None else num_keep
+    last = block
+    if num_keep is not None:
+        key_value = 2 * num_tokens * dim * 2 * dim
+        rest = 2 * num_keep * dim * (2 * dim + 2 * int(dim * vit.mlp_ratio))  # query, projection and MLP
+        last = key_value + rest + 4 * num_keep * num_tokens * dim
+    return embed_flops(vit) + (vit.depth - 1) * block + last + 2 * queries * dim * projected_dim
+
+
+def hybrid_step_flops(
+    student: ViTSizes,
+    feature_teacher: ViTSizes | None,
+    relation_teacher: ViTSizes | None,
+    num_keep: int | None,
+    relation_layers: Sequence[int] = (-3, -2),
+    mask_blocks: int = 0,
+) -> int:
+    """FLOPs of one training step an image (Eq. 1): student forward and backward, each teacher once.
+
+    Args:
+        student: sizes.
+        feature_teacher: sizes, or None for the baseline without it.
+        relation_teacher: sizes, or None.
+        num_keep: K, or None for all patches.
+        relation_layers: blocks, negative from the end.
+        mask_blocks: as in `relation_teacher_flops`; 0 when masks come from the store.
+    """
+    relations = len(relation_layers) if relation_teacher else 0
+    total = student_step_flops(student, num_keep, feature_teacher.embed_dim if feature_teacher else 0, relations)
+    if feature_teacher:
+        total += feature_teacher_flops(feature_teacher, num_keep)
+    if relation_teacher:
+        total += relation_teacher_flops(relation_teacher, num_keep, relation_layers, mask_blocks)
+    return total
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Run `function` and return the FLOPs torch counted in it, backward passes included.
+
+    Attention runs unfused meanwhile: torch counts the fused kernels of CPUs as nothing.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+class _Peak(NamedTuple):
+    fp16: float
+    fp32: float
+    has_bf16: bool
+
+
+_PEAKS = {  # dense, from the vendor's data sheets; the first name found in the device's counts
+    "V100S": _Peak(130e12, 16.4e12, has_bf16=False),
+    "V100-PCIE": _Peak(112e12, 14e12, has_bf16=False),
+    "V100": _Peak(125e12, 15.7e12, has_bf16=False),
+    "T4": _Peak(65e12, 8.1e12, has_bf16=False),
+    "A100": _Peak(312e12, 19.5e12, has_bf16=True),
+    "H100 PCIe": _Peak(756e12, 51e12, has_bf16=True),
+    "H100": _Peak(989e12, 67e12, has_bf16=True),
+    "H200": _Peak(989e12, 67e12, has_bf16=True),
+    "L40S": _Peak(362e12, 91.6e12, has_bf16=True),
+    "RTX 3090": _Peak(71e12, 35.6e12, has_bf16=True),
+    "RTX 4090": _Peak(165e12, 82.6e12, has_bf16=True),
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return a device's FLOPs a second at `fp16`, `bf16` or `fp32`; None where the device or the pair is unknown.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it, such as `Tesla V100-SXM2-32GB`.
+        precision: of the run.
+    """
+    peak = next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    if peak is None or (precision == "bf16" and not peak.has_bf16):
+        return None
+    return peak.fp32 if precision == "fp32" else peak.fp16
+
+
+def _num_tokens(vit: ViTSizes, num_keep: int | None = None) -> int:
+    return vit.num_prefix_tokens + (vit.num_patches if num_keep is None else num_keep)
+
+
+def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:
+    return 2 * num_tokens**2 * vit.embed_dim
