@@ -1,0 +1,1 @@
+"""The student and its removable heads."""

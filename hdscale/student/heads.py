@@ -1,0 +1,53 @@
+"""What sits between student and feature teacher during training, and is removed at export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hdscale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hdscale.config.recipe import StudentConfig
+
+
+class FeatureHead(nn.Module):
+    """Student tokens (B, K, D) to the feature teacher's width (B, K, T): one Linear, or nothing."""
+
+    def __init__(self, embed_dim: int, target_dim: int, *, linear: bool, seed: int) -> None:
+        """Draw small random weights from a generator of its own.
+
+        Args:
+            embed_dim: D.
+            target_dim: T; equal to D without the Linear.
+            linear: project, or hand through.
+            seed: of the weights.
+        """
+        super().__init__()
+        assert linear or embed_dim == target_dim
+        self.proj = nn.Linear(embed_dim, target_dim) if linear else nn.Identity()
+        if isinstance(self.proj, nn.Linear):
+            nn.init.normal_(self.proj.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Project every token."""
+        return self.proj(tokens)
+
+
+def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: int) -> FeatureHead:
+    """Build the head that `student.decoder` names.
+
+    Raises:
+        UserError: `identity` between different widths.
+    """
+    if config.decoder == "identity" and embed_dim != target_dim:
+        raise UserError(
+            f"student.decoder identity needs equal widths, the student has {embed_dim} and the feature teacher "
+            f"{target_dim}; set student.decoder=linear"
+        )
+    return FeatureHead(embed_dim, target_dim, linear=config.decoder == "linear", seed=seed)

@@ -1,0 +1,74 @@
+"""Create timm vision transformers by name, without a download unless asked for one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from hdscale.errors import UserError
+
+
+def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, seed: int = 0) -> VisionTransformer:
+    """Create the model that `timm.create_model(**arch)` gives, in float32 on the CPU.
+
+    Args:
+        field: the recipe's field that named the model, for messages.
+        arch: `model_name` and sizes that replace the named model's.
+        pretrained: load timm's weights, from its cache or the network.
+        seed: of the random initial weights; the caller's random state is left alone.
+
+    Raises:
+        UserError: timm has no such model, or it is no VisionTransformer, or its sizes or weights do not work.
+    """
+    name = arch["model_name"]
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them"
+        raise UserError(f"{field} must be a timm model, got {name}; {hint}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = timm.create_model(**arch, pretrained=pretrained)
+    except (AssertionError, RuntimeError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{field}: timm cannot create {_call(arch, pretrained)}: {reason}") from error
+    return check_vit(field, model)
+
+
+def check_vit(field: str, model: torch.nn.Module) -> VisionTransformer:
+    """Return the model if it is one that `ViTEncoder` can run.
+
+    Raises:
+        UserError: it is another architecture, or its grid is not square.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"{field} must be a timm VisionTransformer, got a {type(model).__name__}; choose a vit_* model")
+    rows, columns = model.patch_embed.grid_size
+    if rows != columns or model.dynamic_img_size:
+        raise UserError(f"{field} must have a fixed square grid of patches, got {rows} x {columns}")
+    return model
+
+
+def patch_size(model: VisionTransformer) -> int:
+    """Return the side of a patch in pixels."""
+    return int(model.patch_embed.patch_size[0])
+
+
+def num_heads(model: VisionTransformer) -> int:
+    """Return the attention heads of a block."""
+    attn: Any = model.blocks[0].attn
+    return int(attn.num_heads)
+
+
+def weight_dtype(model: VisionTransformer) -> torch.dtype:
+    """Return the dtype the model computes in; true for a parameter that ZeRO-3 has partitioned, too."""
+    return model.patch_embed.proj.weight.dtype
+
+
+def _call(arch: dict[str, Any], pretrained: bool) -> str:
+    sizes = "".join(f", {key}={value}" for key, value in arch.items() if key != "model_name")
+    return f"{arch['model_name']}{sizes}{', pretrained' if pretrained else ''}"

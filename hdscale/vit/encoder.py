@@ -1,0 +1,207 @@
+"""One forward for every timm vision transformer: tokens, queries and keys out, nothing computed that nobody wants."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hdscale.errors import UserError
+from hdscale.types import ViTOutput
+from hdscale.vit.pruning import KeptQueryBlock, prune_after, split_last_block, take_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from timm.models.vision_transformer import VisionTransformer
+
+Final = Literal["norm", "pre_norm", "projected"]
+
+# The recomputed pass must run the same modules, which it does; the default check compares shapes of saved tensors, and
+# ZeRO-3 has emptied the parameters among them by then.
+recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
+
+
+class ViTEncoder(nn.Module):
+    """A timm VisionTransformer that gives patch tokens, Q and K of chosen blocks, and tokens between blocks.
+
+    Blocks run as modules and keep their fused attention; Q and K are taken on their way into it.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        *,
+        relation_layers: Sequence[int] = (),
+        stage_layers: Sequence[int] = (),
+        stage_at: Literal["output", "input"] = "output",
+        final: Final | None = "norm",
+        tokens: Literal["kept", "full"] = "kept",
+        checkpoint_every: int = 0,
+        prune: bool = False,
+        checkpoint_fn: Callable[..., Any] | None = None,
+    ) -> None:
+        """Wrap a model and, to prune it, change it.
+
+        Args:
+            model: its head stays only where `final` is projected, if pruned.
+            relation_layers: 0-indexed blocks, negative from the end, whose Q and K are given in this order.
+            stage_layers: 0-indexed blocks, negative from the end, whose patch tokens are given in this order.
+            stage_at: give those at the blocks' output or at their input.
+            final: last block's patch tokens after the final norm, before it, or after norm and head; None: not at all.
+            tokens: what `keep_indices` does. `kept` (students): drop the other patches before the first block. `full`
+                (teachers): all patches go through, and Q, K and final tokens of the kept ones come out.
+            checkpoint_every: recompute every n-th block in the backward pass of training; 0: none.
+            prune: delete what these arguments leave unused (frozen models only: parameters are split and copied).
+            checkpoint_fn: `f(function, tokens)`, which recomputes; left out: torch's, non-reentrant.
+
+        Raises:
+            UserError: a layer that the model does not have, or a kind of attention without plain Q and K.
+        """
+        super().__init__()
+        depth = len(model.blocks)
+        self.relation_layers = resolve_layers(relation_layers, depth, "relation.layers")
+        self.stage_layers = resolve_layers(stage_layers, depth, "mask.layers")
+        self.stage_at = stage_at
+        self.final: Final | None = final
+        self.tokens = tokens
+        self.checkpoint_every = checkpoint_every
+        self.checkpoint_fn = checkpoint_fn or recompute
+        self.num_prefix_tokens = int(model.num_prefix_tokens)
+        for layer in self.relation_layers:
+            _check_attention(model.blocks[layer])
+        self.model = model
+        if prune:
+            self._prune()
+
+    def forward(self, images: Tensor, keep_indices: Tensor | None = None) -> ViTOutput:
+        """Run the model once.
+
+        Args:
+            images: (B, 3, H, W) normalised, in the model's dtype.
+            keep_indices: (B, K) int64 ascending; None: all N patches.
+
+        Returns:
+            Patch tokens and, of all tokens with the P prefix tokens first, Q and K: of the kept patches where
+            `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full.
+        """
+        x = self.model.patch_embed(images)
+        x = self.model._pos_embed(x)  # (B, P + N, D)
+        rows = None if keep_indices is None else _token_rows(keep_indices, self.num_prefix_tokens)
+        if rows is not None and self.tokens == "kept":
+            x, rows = take_rows(x, rows), None
+        x = self.model.norm_pre(x)
+        queries, keys, stages = {}, {}, {}
+        for index, block in enumerate(self.model.blocks):
+            if self.stage_at == "input" and index in self.stage_layers:
+                stages[index] = x
+            x, *taken = self._run_block(index, block, x, rows)
+            if taken:
+                queries[index], keys[index] = taken
+            if self.stage_at == "output" and index in self.stage_layers:
+                stages[index] = x
+        if self.stage_at == "input":
+            stages.setdefault(len(self.model.blocks), x)  # a pruned model may end just before a stage
+        return ViTOutput(
+            patch_tokens=None if self.final is None else self._finish(x, rows),
+            queries=tuple(queries[layer] for layer in self.relation_layers),
+            keys=tuple(keys[layer] for layer in self.relation_layers),
+            stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in self.stage_layers),
+        )
+
+    def _run_block(self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the block's tokens and, for a relation layer, Q and K of the wanted rows."""
+        function = _tapped if index in self.relation_layers else _plain
+        if isinstance(block, KeptQueryBlock):
+            x, *taken = function(block, x, rows)
+            if taken and rows is not None:
+                taken[1] = take_rows(taken[1], rows)  # its queries are of the wanted rows already
+            return x, *taken
+        every = self.checkpoint_every
+        if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
+            x, *taken = self.checkpoint_fn(partial(function, block), x)
+        else:
+            x, *taken = function(block, x)
+        return x, *(tensor if rows is None else take_rows(tensor, rows) for tensor in taken)
+
+    def _finish(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Turn the last block's tokens into patch tokens (B, N or K, T)."""
+        if rows is not None and not isinstance(self.model.blocks[-1], KeptQueryBlock):
+            x = take_rows(x, rows)
+        x = x[:, self.num_prefix_tokens :]
+        if self.final == "pre_norm":
+            return x
+        x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
+        return self.model.head(x) if self.final == "projected" else x
+
+    def _prune(self) -> None:
+        model, depth = self.model, len(self.model.blocks)
+        offset = 1 if self.stage_at == "output" else 0
+        model.attn_pool = None
+        if self.final != "projected":
+            model.head = nn.Identity()
+        if self.final is None:
+            num_whole = max([*self.relation_layers, *(layer + offset for layer in self.stage_layers)], default=0)
+            prune_after(model, num_whole, query_key_next=num_whole in self.relation_layers)
+            return
+        if self.final == "pre_norm":
+            model.norm, model.fc_norm = nn.Identity(), nn.Identity()
+        if self.tokens == "full" and depth not in [layer + offset for layer in self.stage_layers]:
+            split_last_block(model)
+
+
+def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, ...]:
+    """Count negative layers from the end.
+
+    Raises:
+        UserError: a layer that a model of this depth does not have.
+    """
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise UserError(
+                f"{field} must be between {-depth} and {depth - 1} for a model of {depth} blocks, got {layer}"
+            )
+    return tuple(layer % depth for layer in layers)
+
+
+def _token_rows(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Return the places of prefix tokens and kept patches among all tokens: (B, K) to (B, P + K)."""
+    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
+    return torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
+
+
+def _check_attention(block: nn.Module) -> None:
+    attn = getattr(block, "attn", None)
+    if type(attn) is not Attention:
+        raise UserError(
+            f"relation.layers need blocks with timm's Attention, got {type(block).__name__} with "
+            f"{type(attn).__name__}; choose another model"
+        )
+
+
+def _plain(block: nn.Module, *args: Tensor | None) -> tuple[Tensor]:
+    return (block(*args),)
+
+
+def _tapped(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them.
+
+    Hooks live for this call only, so that nothing keeps the tensors and a recomputed call takes its own.
+    """
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    attn = cast("Attention", block.attn)
+    hooks = [
+        attn.q_norm.register_forward_hook(lambda _module, _args, output: queries.append(output)),
+        attn.k_norm.register_forward_hook(lambda _module, _args, output: keys.append(output)),
+    ]
+    try:
+        x = block(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return x, queries[0], keys[0]
