@@ -1,0 +1,1 @@
+"""Shards, their index, the order of samples, augmented views, and the loader."""

@@ -1,0 +1,259 @@
+"""Loaders: positions of the endless stream in, micro-batches of uint8 pictures out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hdscale.data.decode import INTERPOLATION, decode_rgb, decoder_version, eval_view, train_view
+from hdscale.data.order import positions_of, samples_at
+from hdscale.data.pictures import BadPicture
+from hdscale.data.views import VIEW_ALGORITHM, view_number, view_parameters
+from hdscale.errors import UserError
+from hdscale.types import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from hdscale.config.recipe import DataConfig
+    from hdscale.data.index import ShardSet
+    from hdscale.data.order import Order
+
+    KeepIndices = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+EVAL_VIEW = -1
+"""`Batch.views` of samples that are shown without augmentation."""
+
+
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Return the micro-steps of an optimizer step.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    per_micro_step = micro_batch_size * world_size
+    if global_batch_size % per_micro_step:
+        raise UserError(
+            f"optim.global_batch_size must be a multiple of optim.micro_batch_size x ranks = {micro_batch_size} x "
+            f"{world_size} = {per_micro_step}, got {global_batch_size}: change one of the three"
+        )
+    return global_batch_size // per_micro_step
+
+
+class TrainLoader:
+    """One rank's micro-batches, step after step.
+
+    What a step contains depends on neither ranks, workers, nor where training started: to resume, start at that step.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: Order,
+        config: DataConfig,
+        seed: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        num_steps: int,
+        keep_indices: KeepIndices | None = None,
+    ) -> None:
+        """Plan steps start_step .. start_step + num_steps - 1.
+
+        Args:
+            shards: opened split.
+            order: from `build_order`, over the index of `shards`.
+            config: view and worker settings.
+            seed: `run.seed`.
+            global_batch_size: images an optimizer step, over all ranks.
+            micro_batch_size: images a rank forwards at once.
+            rank: of this process.
+            world_size: number of ranks.
+            start_step: first optimizer step that is served.
+            num_steps: optimizer steps that are served from there on.
+            keep_indices: takes sample ids (B,) and views (B,), returns (B, K) ascending indices of kept tokens; runs in
+                the workers, so it must be picklable where processes are spawned.
+        """
+        self.accumulation = accumulation_steps(global_batch_size, micro_batch_size, world_size)
+        steps = range(start_step, start_step + num_steps)
+        positions = _TrainPositions(steps, rank, world_size, micro_batch_size, self.accumulation)
+        self._loader = _data_loader(_TrainDataset(shards, order, config, seed, keep_indices), positions, config.workers)
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield `accumulation` micro-batches a step.
+
+        Raises:
+            UserError: a sample's bytes are damaged or cannot be decoded.
+        """
+        return _raise_errors(self._loader)
+
+
+class SequentialLoader:
+    """Chosen samples in the order given, each in one view; the last batch may be smaller."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: DataConfig,
+        seed: int,
+        *,
+        sample_ids: Sequence[int] | np.ndarray,
+        view: int | None,
+        batch_size: int,
+        workers: int | None = None,
+    ) -> None:
+        """Plan the batches.
+
+        Args:
+            shards: opened split.
+            config: view settings; its `workers` unless `workers` is given.
+            seed: `run.seed`, of augmented views.
+            sample_ids: rows of the index.
+            view: the augmented view as training shows it; None: the central square (`Batch.views` is then EVAL_VIEW).
+            batch_size: images a batch.
+            workers: loader processes.
+        """
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        workers = config.workers if workers is None else workers
+        self._loader = _data_loader(_SequentialDataset(shards, config, seed, view), batches, workers)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches; `epochs` is the view, or 0.
+
+        Raises:
+            UserError: a sample's bytes are damaged or cannot be decoded.
+        """
+        return _raise_errors(self._loader)
+
+
+def view_fingerprint(config: DataConfig, seed: int) -> dict[str, object]:
+    """Name everything that decides a view's pixels, for stores that were made from views.
+
+    The number of views is left out: view 0 of two is view 0 of four.
+    """
+    return {
+        "seed": seed,
+        "img_size": config.img_size,
+        "crop_scale": list(config.crop_scale),
+        "crop_ratio": list(config.crop_ratio),
+        "hflip": config.hflip,
+        "interpolation": INTERPOLATION,
+        "view_algorithm": VIEW_ALGORITHM,
+        "decoder": decoder_version(),
+    }
+
+
+class _TrainPositions:
+    """The positions (B,) of every micro-step of one rank, computed when asked for."""
+
+    def __init__(self, steps: range, rank: int, world_size: int, micro_batch_size: int, accumulation: int) -> None:
+        self._steps = steps
+        self._share = (rank, world_size, micro_batch_size, accumulation)
+        self._accumulation = accumulation
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._accumulation
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for step in self._steps:
+            yield from positions_of(step, *self._share)
+
+
+class _TrainDataset(Dataset):
+    def __init__(
+        self, shards: ShardSet, order: Order, config: DataConfig, seed: int, keep_indices: KeepIndices | None
+    ) -> None:
+        self._shards, self._order, self._config, self._seed = shards, order, config, seed
+        self._keep_indices = keep_indices
+
+    def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
+        sample_ids, epochs = samples_at(self._order, positions)
+        views = view_number(self._config, epochs)
+        batch = _load(self._shards, self._config, self._seed, sample_ids, views, epochs)
+        if self._keep_indices is None or isinstance(batch, UserError):
+            return batch
+        return batch._replace(keep_indices=torch.from_numpy(self._keep_indices(sample_ids, views)))
+
+
+class _SequentialDataset(Dataset):
+    def __init__(self, shards: ShardSet, config: DataConfig, seed: int, view: int | None) -> None:
+        self._shards, self._config, self._seed, self._view = shards, config, seed, view
+
+    def __getitem__(self, sample_ids: np.ndarray) -> Batch | UserError:
+        views = np.full_like(sample_ids, EVAL_VIEW if self._view is None else self._view)
+        return _load(self._shards, self._config, self._seed, sample_ids, views, np.maximum(views, 0))
+
+
+def _load(
+    shards: ShardSet, config: DataConfig, seed: int, sample_ids: np.ndarray, views: np.ndarray, epochs: np.ndarray
+) -> Batch | UserError:
+    """Read, decode and cut the samples of one batch; hand a user's error back instead of raising it.
+
+    An exception that leaves a worker process is wrapped into a traceback of many lines; a value is not.
+    """
+    try:
+        pairs = zip(sample_ids.tolist(), views.tolist(), strict=True)
+        images = torch.stack([_picture(shards, config, seed, sample_id, view) for sample_id, view in pairs])
+    except UserError as error:
+        return error
+    return Batch(
+        images=images,
+        labels=torch.from_numpy(shards.index["label"][sample_ids].astype(np.int64)),
+        sample_ids=torch.from_numpy(sample_ids),
+        views=torch.from_numpy(views),
+        epochs=torch.from_numpy(epochs),
+        keep_indices=None,
+    )
+
+
+def _picture(shards: ShardSet, config: DataConfig, seed: int, sample_id: int, view: int) -> Tensor:
+    """Return one sample in one view, (3, S, S) uint8."""
+    try:
+        image = decode_rgb(shards.read(sample_id))
+    except BadPicture as error:
+        raise UserError(
+            f"{shards.describe(sample_id)} {error}: make the shards again with data_tools/make_shards.py, "
+            "which leaves such pictures out"
+        ) from error
+    if view == EVAL_VIEW:
+        return eval_view(image, config.img_size)
+    height, width = image.shape[1:]
+    parameters = view_parameters(
+        seed, view, sample_id, width, height, scale=config.crop_scale, ratio=config.crop_ratio, hflip=config.hflip
+    )
+    return train_view(image, parameters, config.img_size)
+
+
+def _data_loader(dataset: Dataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset makes whole batches
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # torch draws a seed for its workers: not from the global generator
+    )
+
+
+def _raise_errors(batches: Iterable[Any]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

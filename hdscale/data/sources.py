@@ -1,0 +1,167 @@
+"""Where pictures come from before they are in shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from hdscale.data.pictures import is_plain, open_picture, to_rgb
+from hdscale.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+"""Files of an image folder that are taken, in any case; their content decides how they are decoded."""
+
+
+class Listing(NamedTuple):
+    """All pictures of a source, in an order that depends on their names only."""
+
+    classes: tuple[str, ...]
+    names: list[str]  # unique in the source; for files the path below its folder
+    labels: np.ndarray  # (n,) int32
+    left_out: list[str]  # what was seen and not taken, in words
+
+    def digest(self) -> str:
+        """Return the sha256 of classes, names and labels."""
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
+        for name, label in zip(self.names, self.labels.tolist(), strict=True):
+            digest.update(f"\0{label} {name}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+class Picture(NamedTuple):
+    """What a shard stores of one picture."""
+
+    data: bytes
+    extension: str  # jpg or png
+    width: int
+    height: int
+
+
+class Source(Protocol):
+    """Lists pictures cheaply and reads one at a time; must be picklable."""
+
+    name: str
+
+    def listing(self) -> Listing:
+        """Name all pictures."""
+        ...
+
+    def read(self, name: str) -> Picture:
+        """Read one picture, checked and ready to be stored.
+
+        Raises:
+            BadPicture: it cannot be decoded.
+            OSError: it cannot be read.
+        """
+        ...
+
+
+class ImageFolder:
+    """Folders of pictures, one for each class; folders inside them belong to the class."""
+
+    name = "imagefolder"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def listing(self) -> Listing:
+        """List the pictures, sorted by class and path; labels number the sorted class folders that hold pictures.
+
+        Raises:
+            UserError: there is no such folder, or no class folder with a picture in it.
+        """
+        if not self.folder.is_dir():
+            raise UserError(f"--input {self.folder} is not a folder: name the folder that holds the class folders")
+        classes, names, labels, empty, others = [], [], [], [], 0
+        folders = (path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for class_name in sorted(folders):
+            found, ignored = _pictures_below(self.folder / class_name)
+            others += ignored
+            if not found:
+                empty.append(class_name)
+                continue
+            labels += [len(classes)] * len(found)
+            classes.append(class_name)
+            names += [f"{class_name}/{name}" for name in found]
+        if not names:
+            raise UserError(
+                f"--input {self.folder} has no class folder with {', '.join(EXTENSIONS)} files in it: "
+                "put the pictures into one folder a class"
+            )
+        left_out = [f"{others} files with other extensions than {', '.join(EXTENSIONS)}"] if others else []
+        left_out += [f"class folder {class_name}, without pictures" for class_name in empty]
+        return Listing(tuple(classes), names, np.array(labels, dtype=np.int32), left_out)
+
+    def read(self, name: str) -> Picture:
+        """Read a file; plain JPEG and PNG bytes stay as they are, everything else becomes a lossless RGB PNG."""
+        data = (self.folder / name).read_bytes()
+        image = open_picture(data)
+        picture = to_rgb(image)  # decodes all of it: a file that is cut short is found here
+        if is_plain(image, data):
+            return Picture(data, "png" if image.format == "PNG" else "jpg", *picture.size)
+        return Picture(_png(picture), "png", *picture.size)
+
+
+class Digits:
+    """The 1,797 scanned digits of 8 x 8 pixels that scikit-learn carries; needs no network."""
+
+    name = "digits"
+
+    def __init__(self) -> None:
+        self._images: np.ndarray | None = None  # (n, 8, 8) uint8
+
+    def listing(self) -> Listing:
+        """Name the digits by their row."""
+        labels = _load_digits()[1].astype(np.int32)
+        names = [f"digit-{row:04d}" for row in range(len(labels))]
+        return Listing(tuple(str(digit) for digit in range(10)), names, labels, [])
+
+    def read(self, name: str) -> Picture:
+        """Return a digit as an 8-bit grey PNG; its 17 levels are spread over 0 .. 255."""
+        if self._images is None:
+            self._images = np.round(_load_digits()[0] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(self._images[int(name.removeprefix("digit-"))])
+        return Picture(_png(image), "png", *image.size)
+
+
+def sample_key(name: str) -> str:
+    """Turn a picture's name into a WebDataset key: letters, digits, - and _, at most 80 characters, unique.
+
+    A dot would end the key, and two files of one folder may differ by their extension only: hence the hash.
+    """
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(name)[0])[:69]  # noqa: PTH122 (not a path)
+    return f"{readable}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:10]}"
+
+
+def _pictures_below(folder: Path) -> tuple[list[str], int]:
+    """Return the sorted paths of a folder's pictures below it, and the number of other files."""
+    found, others = [], 0
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [file for file in files if not file.startswith(".")]
+        taken = [file for file in visible if file.lower().endswith(EXTENSIONS)]
+        others += len(visible) - len(taken)
+        below = Path(parent).relative_to(folder)
+        found += [(below / file).as_posix() for file in taken] if below.parts else taken
+    return sorted(found), others
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return images (n, 8, 8) float64 with levels 0 .. 16, and labels (n,)."""
+    from sklearn.datasets import load_digits  # takes a second to import, and only the demo needs it
+
+    digits = load_digits()
+    return digits.images, digits.target  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,286 @@
+"""Writing shards so that an interrupted run leaves nothing half-written and the next one continues.
+
+Every shard is a task of its own: written under a temporary name, flushed, renamed, then recorded in SPLIT.making/. The
+index and the manifest come last. The same source and settings give the same bytes, whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import threading
+import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from hdscale.data.index import INDEX_DTYPE, file_digest, write_index
+from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
+from hdscale.data.pictures import BadPicture
+from hdscale.data.sources import Source, sample_key
+from hdscale.data.staging import remove_leftovers, staged
+from hdscale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_MTIME = 0  # of every member, so that the bytes of a shard depend on its samples only
+_OWNER = "hdscale"
+
+
+class SplitJob(NamedTuple):
+    """One split to be written."""
+
+    source: Source
+    output: Path
+    split: str
+    classes: tuple[str, ...]
+    names: list[str]  # in the order in which they are written
+    labels: np.ndarray  # (n,) of the same
+    samples_per_shard: int
+    made_by: dict[str, str | int | float | None]  # recorded in the manifest; a run that continues must have the same
+
+
+class _ShardTask(NamedTuple):
+    source: Source
+    output: Path
+    split: str
+    number: int
+    names: list[str]
+    labels: np.ndarray
+
+    @property
+    def record(self) -> Path:
+        return _making_folder(self.output, self.split) / f"{self.number:06d}.json"
+
+    @property
+    def rows(self) -> Path:
+        return self.record.with_suffix(".npy")
+
+    @property
+    def tar(self) -> Path:
+        return self.output / f"{self.split}-{self.number:06d}.tar"
+
+
+def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) -> Manifest:
+    """Write a split, or what is missing of it.
+
+    Args:
+        job: what to write.
+        workers: processes; 0 or 1 writes in this one.
+        progress: called with the number of samples that have just been finished.
+
+    Returns:
+        The manifest, as it is on the disk.
+
+    Raises:
+        UserError: the folder holds something else, cannot be written to, or a picture cannot be read.
+    """
+    if _is_complete(job):
+        progress(len(job.names))
+        return read_manifest(job.output, job.split)
+    try:
+        _begin(job)
+        _write_shards(_tasks(job), workers, progress)
+        return _finish(job)
+    except OSError as error:
+        raise UserError(
+            f"--output {job.output} cannot be written to ({error.strerror or error}): "
+            "mend that, or choose another folder, and run again; finished shards are kept"
+        ) from error
+
+
+def _is_complete(job: SplitJob) -> bool:
+    """Say whether an earlier run finished this very split; refuse if it is another one."""
+    for path in sorted(job.output.glob("*.manifest.json")):
+        classes = read_manifest(job.output, path.name.removesuffix(".manifest.json")).classes
+        if path != manifest_path(job.output, job.split) and classes != job.classes:
+            raise UserError(
+                f"{path} lists other classes than the new split {job.split} has, so that labels would not agree: "
+                "choose another --output, or give both splits the same class folders"
+            )
+    if not manifest_path(job.output, job.split).is_file():
+        return False
+    _refuse_other_settings(job, read_manifest(job.output, job.split).made_by)
+    shutil.rmtree(_making_folder(job.output, job.split), ignore_errors=True)
+    return True
+
+
+def _begin(job: SplitJob) -> None:
+    """Create the folders, or check that an interrupted run was writing the same split."""
+    making = _making_folder(job.output, job.split)
+    made_by = making / "made_by.json"
+    if made_by.is_file():
+        _refuse_other_settings(job, json.loads(made_by.read_text(encoding="utf-8")))
+        for folder, prefix in ((job.output, f"{job.split}-[0-9]"), (job.output, f"{job.split}."), (making, "")):
+            remove_leftovers(folder, prefix)
+        return
+    foreign = next(job.output.glob(f"{job.split}-[0-9]*.tar"), None)
+    if foreign is not None:
+        raise UserError(f"{foreign} is there already and was not made by this run: choose another --output or --split")
+    making.mkdir(parents=True, exist_ok=True)
+    with staged(made_by) as path:
+        path.write_text(json.dumps(job.made_by), encoding="utf-8")
+
+
+def _refuse_other_settings(job: SplitJob, before: dict[str, Any]) -> None:
+    for name, value in job.made_by.items():
+        if before.get(name) != value:
+            flag = f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
+            what = "other pictures (--input)" if name == "listing" else flag
+            raise UserError(
+                f"{job.output} holds shards of split {job.split} made with {what}: "
+                "choose another --output, or delete that folder"
+            )
+
+
+def _tasks(job: SplitJob) -> list[_ShardTask]:
+    starts = range(0, len(job.names), job.samples_per_shard)
+    return [
+        _ShardTask(job.source, job.output, job.split, number, job.names[start:end], job.labels[start:end])
+        for number, start in enumerate(starts)
+        for end in [start + job.samples_per_shard]
+    ]
+
+
+def _write_shards(tasks: list[_ShardTask], workers: int, progress: Callable[[int], None]) -> None:
+    missing = []
+    for task in tasks:
+        if _is_written(task):
+            progress(len(task.names))
+        else:
+            missing.append(task)
+    if workers <= 1:
+        for task in missing:
+            progress(_write_shard(task))
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(min(workers, max(1, len(missing))), context, _prepare_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(_write_shard, task) for task in missing]):
+                progress(future.result())
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed (out of memory?): run again with fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even if it is killed: an idle worker would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _is_written(task: _ShardTask) -> bool:
+    if not task.record.is_file():
+        return False
+    entry = _read_record(task)[0]
+    return not entry.samples or (task.tar.is_file() and task.tar.stat().st_size == entry.bytes)
+
+
+def _write_shard(task: _ShardTask) -> int:
+    """Write one shard and its record; return the number of pictures that were dealt with."""
+    records, labels, skipped = [], [], []
+    with staged(task.tar) as temporary:
+        with (
+            temporary.open("wb") as file,
+            TarWriter(file, user=_OWNER, group=_OWNER, mtime=_MTIME, encoder=False) as tar,
+        ):
+            for name, label in zip(task.names, task.labels.tolist(), strict=True):
+                try:
+                    picture = _read(task.source, name)
+                except BadPicture as error:
+                    skipped.append(Skipped(name, str(error)))
+                    continue
+                tar.write({"__key__": sample_key(name), picture.extension: picture.data, "cls": str(label).encode()})
+                records.append((len(picture.data), picture.width, picture.height, zlib.crc32(picture.data)))
+                labels.append(label)
+        offsets = list(_picture_offsets(temporary))
+        size, digest = temporary.stat().st_size, file_digest(temporary)
+    if not records:
+        task.tar.unlink()  # every picture was skipped: some readers stumble over an empty tar file
+    rows = np.zeros(len(records), dtype=INDEX_DTYPE)
+    rows["offset"], rows["label"] = offsets, labels
+    for column, name in enumerate(("size", "width", "height", "crc32")):
+        rows[name] = [record[column] for record in records]
+    with staged(task.rows) as path, path.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    entry = ShardEntry(name=task.tar.name, samples=len(records), bytes=size, sha256=digest)
+    with staged(task.record) as path:
+        path.write_text(json.dumps({"entry": entry.model_dump(), "skipped": skipped}), encoding="utf-8")
+    return len(task.names)
+
+
+def _read(source: Source, name: str) -> Any:
+    try:
+        return source.read(name)
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be read ({error.strerror or error}): mend or remove it and run again; "
+            "finished shards are kept"
+        ) from error
+
+
+def _picture_offsets(path: Path) -> Iterator[int]:
+    """Yield where each picture's bytes start, as the tar file itself says."""
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if not member.name.endswith(".cls"):
+                yield member.offset_data
+
+
+def _read_record(task: _ShardTask) -> tuple[ShardEntry, list[Skipped]]:
+    record = json.loads(task.record.read_text(encoding="utf-8"))
+    return ShardEntry(**record["entry"]), [Skipped(*item) for item in record["skipped"]]
+
+
+def _finish(job: SplitJob) -> Manifest:
+    """Join the records of all shards to index and manifest."""
+    entries, parts, skipped = [], [], []
+    for task in _tasks(job):
+        entry, skipped_here = _read_record(task)
+        skipped += skipped_here
+        if entry.samples:
+            rows = np.load(task.rows, allow_pickle=False)
+            rows["shard"] = len(entries)
+            entries.append(entry)
+            parts.append(rows)
+    if not parts:
+        raise UserError(
+            f"split {job.split}: none of the {len(skipped)} pictures can be decoded (the first, {skipped[0].name}, "
+            f"{skipped[0].reason}): check --input, and delete {job.output} before the next run"
+        )
+    index = np.concatenate(parts)
+    manifest = Manifest(
+        split=job.split,
+        num_samples=len(index),
+        classes=job.classes,
+        shards=tuple(entries),
+        index_digest=write_index(job.output, job.split, index),
+        skipped=tuple(skipped),
+        made_by=job.made_by,
+    )
+    write_manifest(job.output, manifest)
+    shutil.rmtree(_making_folder(job.output, job.split))
+    return manifest
+
+
+def _making_folder(output: Path, split: str) -> Path:
+    return output / f"{split}.making"
