@@ -107,7 +107,7 @@ class MaskStore:
             text = json.dumps({"format": FORMAT, **wanted._asdict()}, indent=2)
             _write_staged(path / "manifest.json", lambda file: file.write(text.encode()))
         except OSError as error:
-            raise UserError(f"{path}: mask.store cannot be written: {error.strerror}") from error
+            raise UserError(f"{path}: mask.store cannot be written ({error.strerror}): choose another") from error
         return cls.open(path)
 
     def part_samples(self, part: int) -> range:
@@ -206,12 +206,10 @@ class MaskStore:
         try:
             packed = np.load(path, mmap_mode="r", allow_pickle=False)
             found = f"{packed.dtype} {packed.shape}"
-        except (OSError, ValueError, EOFError) as error:
-            packed, found = None, f"an unreadable file ({error})"
+        except (OSError, ValueError, EOFError):
+            packed, found = None, "an unreadable file"
         if packed is None or packed.dtype != np.uint8 or packed.shape != shape:
-            raise UserError(
-                f"{path}: must hold uint8 {shape}, got {found}: delete this file and {RUN_PRECOMPUTE} again"
-            )
+            raise UserError(f"{path}: must be uint8 {shape}, got {found}: delete this file and {RUN_PRECOMPUTE} again")
         return packed
 
 

@@ -5,6 +5,7 @@ Norms, activations, softmax and losses are left out, as in torch's counter and i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -140,13 +141,14 @@ class _Peak(NamedTuple):
     has_bf16: bool
 
 
-_PEAKS = {  # dense, from the vendor's data sheets; the first name found in the device's counts
+_PEAKS = {  # dense, from the vendor's data sheets; the first that is a word of the device's name
     "V100S": _Peak(130e12, 16.4e12, has_bf16=False),
     "V100-PCIE": _Peak(112e12, 14e12, has_bf16=False),
     "V100": _Peak(125e12, 15.7e12, has_bf16=False),
     "T4": _Peak(65e12, 8.1e12, has_bf16=False),
     "A100": _Peak(312e12, 19.5e12, has_bf16=True),
     "H100 PCIe": _Peak(756e12, 51e12, has_bf16=True),
+    "H100 NVL": _Peak(835e12, 60e12, has_bf16=True),
     "H100": _Peak(989e12, 67e12, has_bf16=True),
     "H200": _Peak(989e12, 67e12, has_bf16=True),
     "L40S": _Peak(362e12, 91.6e12, has_bf16=True),
@@ -162,7 +164,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         device_name: as `torch.cuda.get_device_name` gives it, such as `Tesla V100-SXM2-32GB`.
         precision: of the run.
     """
-    peak = next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    peak = next((peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
     if peak is None or (precision == "bf16" and not peak.has_bf16):
         return None
     return peak.fp32 if precision == "fp32" else peak.fp16
