@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hdscale.errors import UserError
 from hdscale.types import ViTOutput
-from hdscale.vit.pruning import KeptQueryBlock, prune_after, split_last_block, take_rows
+from hdscale.vit.pruning import KeptQueryBlock, prune_after, split_last_block
+from hdscale.vit.tokens import take_rows, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ class ViTEncoder(nn.Module):
         """
         x = self.model.patch_embed(images)
         x = self.model._pos_embed(x)  # (B, P + N, D)
-        rows = None if keep_indices is None else _token_rows(keep_indices, self.num_prefix_tokens)
+        rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
         if rows is not None and self.tokens == "kept":
             x, rows = take_rows(x, rows), None
         x = self.model.norm_pre(x)
@@ -168,12 +169,6 @@ def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, 
     return tuple(layer % depth for layer in layers)
 
 
-def _token_rows(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Return the places of prefix tokens and kept patches among all tokens: (B, K) to (B, P + K)."""
-    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
-    return torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
-
-
 def _check_attention(block: nn.Module) -> None:
     attn = getattr(block, "attn", None)
     if type(attn) is not Attention:
@@ -195,13 +190,17 @@ def _tapped(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor, Ten
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     attn = cast("Attention", block.attn)
-    hooks = [
-        attn.q_norm.register_forward_hook(lambda _module, _args, output: queries.append(output)),
-        attn.k_norm.register_forward_hook(lambda _module, _args, output: keys.append(output)),
-    ]
+    hooks = [attn.q_norm.register_forward_hook(_into(queries)), attn.k_norm.register_forward_hook(_into(keys))]
     try:
         x = block(*args)
     finally:
         for hook in hooks:
             hook.remove()
     return x, queries[0], keys[0]
+
+
+def _into(taken: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        taken.append(output)
+
+    return hook

@@ -10,6 +10,8 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from hdscale.vit.tokens import take_rows
+
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -85,12 +87,6 @@ class KeptQueryBlock(nn.Module):
             x, asking = take_rows(x, rows), take_rows(normed, rows)
         x = x + self.ls1(self.attn(asking, normed))
         return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Gather tokens (B, S, D) or per-head tokens (B, A, S, E) at rows (B, R)."""
-    index = rows.unsqueeze(-1) if x.ndim == 3 else rows[:, None, :, None]
-    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def is_plain(block: nn.Module) -> TypeGuard[Block]:

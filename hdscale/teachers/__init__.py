@@ -1,0 +1,1 @@
+"""Frozen teachers: where they come from, what they see, what they say."""

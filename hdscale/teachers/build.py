@@ -1,0 +1,126 @@
+"""Frozen teachers by name or file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import nn
+
+from hdscale.errors import UserError
+from hdscale.teachers.sources import load_source
+from hdscale.teachers.weights import weights_digest
+from hdscale.vit.build import num_heads, patch_size, weight_dtype
+from hdscale.vit.encoder import ViTEncoder
+from hdscale.vit.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import Tensor
+
+    from hdscale.config.recipe import TeacherConfig
+    from hdscale.types import ViTOutput
+
+
+class FrozenTeacher(nn.Module):
+    """A backbone that never trains and never leaves eval mode, with its own preprocessing."""
+
+    def __init__(self, encoder: ViTEncoder, preprocess: Preprocess, *, depth: int, digest: str) -> None:
+        """Freeze an encoder.
+
+        Args:
+            encoder: possibly pruned.
+            preprocess: to the model's own input size, mean and deviation.
+            depth: blocks of the whole model.
+            digest: of the whole model's weights, whatever was pruned since.
+        """
+        super().__init__()
+        model = encoder.model
+        self.encoder = encoder
+        self.preprocess = preprocess
+        self.depth = depth
+        self.digest = digest
+        self.embed_dim = int(model.embed_dim)
+        self.target_dim = int(model.num_classes) if encoder.final == "projected" else self.embed_dim
+        self.num_heads = num_heads(model)
+        self.num_prefix_tokens = int(model.num_prefix_tokens)
+        self.has_cls = model.cls_token is not None
+        self.patch_size = patch_size(model)
+        self.grid_size = int(model.patch_embed.grid_size[0])
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode whatever the parent module asks for."""
+        del mode
+        return super().train(False)
+
+    def forward(self, images: Tensor, keep_indices: Tensor | None = None) -> ViTOutput:
+        """Run on all N patches.
+
+        Args:
+            images: (B, 3, H, W) uint8; resized to the teacher's input size.
+            keep_indices: (B, K) int64 ascending: give Q, K and final tokens of these patches only; None: of all.
+        """
+        # Not inference_mode: smooth_l1_loss refuses inference tensors.
+        with torch.no_grad():
+            return self.encoder(self.preprocess(images, weight_dtype(self.encoder.model)), keep_indices)
+
+
+def build_teacher(
+    config: TeacherConfig,
+    *,
+    role: Literal["feature", "relation"] | None = None,
+    grid_size: int | None = None,
+    relation_layers: Sequence[int] = (),
+    stage_layers: Sequence[int] = (),
+    stage_at: Literal["output", "input"] = "output",
+    field: str = "feature_teacher",
+) -> FrozenTeacher:
+    """Build a frozen teacher in float32 on the CPU, pruned to what its role uses.
+
+    Args:
+        config: the recipe's section.
+        role: `feature` gives final tokens, `relation` gives Q, K and stage tokens and no final tokens. None: both,
+            nothing pruned.
+        grid_size: the student's; None: the teacher's own at `config.img_size` or its native input size.
+        relation_layers: blocks whose Q and K are given, 0-indexed, negative from the end.
+        stage_layers: blocks whose patch tokens are given.
+        stage_at: at these blocks' output or input.
+        field: the section's name, for messages.
+
+    Raises:
+        UserError: see `load_source`; or the teacher's grid cannot be the student's; or a layer it does not have.
+    """
+    model, mean, std = load_source(config, field)
+    _set_input_size(model, config, grid_size, field)
+    depth, digest = len(model.blocks), weights_digest(model.state_dict())
+    encoder = ViTEncoder(
+        model,
+        relation_layers=relation_layers,
+        stage_layers=stage_layers,
+        stage_at=stage_at,
+        final=None if role == "relation" else config.target,
+        tokens="full",
+        prune=role is not None,
+    )
+    img_size = int(model.patch_embed.img_size[0])
+    return FrozenTeacher(encoder, Preprocess(img_size, mean, std), depth=depth, digest=digest)
+
+
+def _set_input_size(model: VisionTransformer, config: TeacherConfig, grid_size: int | None, field: str) -> None:
+    """Choose the input so that the teacher's patches are the student's; position embeddings are interpolated."""
+    side = patch_size(model)
+    if grid_size is None:
+        wanted = config.img_size or int(model.patch_embed.img_size[0])
+        if wanted % side:
+            raise UserError(f"{field}.img_size must be a multiple of the patch size {side}, got {wanted}")
+    else:
+        wanted = config.img_size or grid_size * side
+        if wanted != grid_size * side:
+            raise UserError(
+                f"{field}.img_size must be {grid_size * side}, so that patches of {side} px give the student's grid of "
+                f"{grid_size} x {grid_size}, got {wanted}; or leave it out"
+            )
+    model.set_input_size((wanted, wanted))

@@ -1,0 +1,93 @@
+"""hdscale's own weight files: safetensors that say how to build their model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hdscale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+
+class TeacherFile(NamedTuple):
+    """What a file says about its model."""
+
+    arch: dict[str, Any]  # arguments of timm.create_model
+    mean: tuple[float, ...]  # per channel, of the image in [0, 1]
+    std: tuple[float, ...]
+    kind: str  # how it was trained: mae, supervised, student
+    state: dict[str, Tensor]  # by timm's names
+
+
+def save_teacher_file(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    arch: Mapping[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    kind: str,
+) -> None:
+    """Write weights that `timm.create_model(**arch).load_state_dict` takes strictly, and that can be a teacher.
+
+    The file is staged and renamed: under its name it is whole or absent.
+
+    Args:
+        path: ends in .safetensors.
+        state: tensors by timm's names.
+        arch: JSON-able arguments of `timm.create_model`.
+        mean: per channel, of the image in [0, 1].
+        std: per channel.
+        kind: how it was trained: mae, supervised, student.
+
+    Raises:
+        UserError: another suffix, which readers would take for a torch checkpoint.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = json.dumps({"timm": dict(arch), "mean": list(mean), "std": list(std), "kind": kind}, sort_keys=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.staged")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    try:
+        save_file(tensors, staged, metadata={"hdscale": about, "format": "pt"})
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def load_teacher_file(path: str | Path, field: str) -> TeacherFile:
+    """Read a file that `save_teacher_file` wrote.
+
+    Args:
+        path: the file.
+        field: the recipe's field that named it, for messages.
+
+    Raises:
+        UserError: no such file, or not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{field}: there is no file {path}; launch/pretrain_teacher.py or launch/export.py writes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["hdscale"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arch = {"model_name": about["timm"]["model_name"], **about["timm"]}
+        return TeacherFile(arch, tuple(about["mean"]), tuple(about["std"]), about["kind"], state)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{field}: {path} is not a file of hdscale's; for other people's weights set source to timm or open_clip"
+        ) from error

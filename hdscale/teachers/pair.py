@@ -1,0 +1,182 @@
+"""Both teachers and the choice of tokens: everything a student is told about one micro-batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from hdscale.losses import token_relation
+from hdscale.masking.counts import num_kept
+from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices, stage_layers
+from hdscale.masking.random import random_keep_indices
+from hdscale.types import Targets
+from hdscale.vit.tokens import take_rows, token_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from hdscale.config.recipe import MaskConfig, RelationConfig
+    from hdscale.types import Batch, ViTOutput
+
+
+class MaskStages(NamedTuple):
+    """Where the relation teacher's tokens are compared, as `build_teacher` wants to know it."""
+
+    layers: tuple[int, ...]
+    at: str
+
+
+class TeacherPair:
+    """Ask both teachers about a batch.
+
+    Not a module: teachers are engines or modules of their own, and never part of what is trained.
+    """
+
+    def __init__(
+        self,
+        feature: Callable[..., ViTOutput] | None,
+        relation: Callable[..., ViTOutput] | None,
+        *,
+        relation_config: RelationConfig,
+        mask_config: MaskConfig,
+        seed: int,
+        num_patches: int,
+        cls_in_relation: bool,
+    ) -> None:
+        """Take built teachers.
+
+        Args:
+            feature: `f(images, keep_indices)`: a `FrozenTeacher` or an engine around one; None: no feature term.
+            relation: the same; None: no relation term. With online masks, its stage tokens are `mask_stages`.
+            relation_config: how Q and K become relations.
+            mask_config: which patches are kept.
+            seed: of random masks.
+            num_patches: N.
+            cls_in_relation: relations have the class token's row and column first.
+        """
+        self.feature = feature
+        self.relation = relation
+        self.relation_config = relation_config
+        self.mask_config = mask_config
+        self.seed = seed
+        self.num_patches = num_patches
+        self.cls_in_relation = cls_in_relation
+
+    def __call__(self, batch: Batch) -> Targets:
+        """Choose the kept patches and return the teachers' view of them."""
+        with torch.no_grad():
+            if masks_are_online(self.mask_config):
+                keep_indices, relations = self._masks_and_relations(batch.images)
+            else:
+                keep_indices = self._given_indices(batch)
+                relations = self._relations(batch.images, keep_indices)
+            features = None
+            if self.feature is not None:
+                features = self.feature(batch.images, keep_indices).patch_tokens
+            return Targets(keep_indices, features, relations)
+
+    def _given_indices(self, batch: Batch) -> Tensor | None:
+        mask = self.mask_config
+        if mask.strategy == "none":
+            return None
+        if mask.strategy == "random":
+            num_keep = num_kept(self.num_patches, mask.keep_ratio)
+            indices = random_keep_indices(batch.sample_ids, batch.views, self.num_patches, num_keep, self.seed)
+            return indices.to(batch.images.device)
+        assert batch.keep_indices is not None, "the loader reads stored masks"
+        return batch.keep_indices
+
+    def _relations(self, images: Tensor, keep_indices: Tensor | None) -> tuple[Tensor, ...]:
+        if self.relation is None:
+            return ()
+        output = self.relation(images, keep_indices)
+        num_patches = self.num_patches if keep_indices is None else keep_indices.shape[1]
+        return self._related(output, num_patches)
+
+    def _masks_and_relations(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the relation teacher once, for masks and for relations of the tokens they keep."""
+        assert self.relation is not None, "the recipe checks this"
+        kept, relations = [], []
+        for output, size in grouped_forward(self.relation, images, self.mask_config.images_per_forward):
+            keep_indices = choose_keep_indices(output, self.mask_config)
+            kept.append(keep_indices[:size])
+            output = _at_patches(output, keep_indices, self.num_patches)
+            relations.append([layer[:size] for layer in self._related(output, keep_indices.shape[1])])
+        return torch.cat(kept), tuple(torch.cat(layer) for layer in zip(*relations, strict=True))
+
+    def _related(self, output: ViTOutput, num_patches: int) -> tuple[Tensor, ...]:
+        """Turn Q and K of prefix and `num_patches` patch tokens into relations, per layer (B, A or 1, S, S)."""
+        config = self.relation_config
+        pairs = zip(output.queries, output.keys, strict=True)
+        return tuple(
+            token_relation(self._tokens(query, num_patches), self._tokens(key, num_patches), config.scale, config.heads)
+            for query, key in pairs
+        )
+
+    def _tokens(self, tokens: Tensor, num_patches: int) -> Tensor:
+        """Drop registers, and the class token where relations leave it out: (B, A, P + K, E) to (B, A, S, E)."""
+        num_prefix = tokens.shape[2] - num_patches
+        patches = tokens[:, :, num_prefix:]
+        return torch.cat([tokens[:, :, :1], patches], dim=2) if self.cls_in_relation else patches
+
+
+def masks_are_online(mask: MaskConfig) -> bool:
+    """Tell whether the relation teacher chooses tokens in the step."""
+    return mask.strategy in ("direct", "progressive") and mask.source == "online"
+
+
+def mask_stages(mask: MaskConfig, depth: int) -> MaskStages:
+    """Return the blocks of a relation teacher of this depth at which masks look.
+
+    Raises:
+        UserError: `mask.layers` are not blocks of that teacher.
+    """
+    if mask.strategy == "progressive":
+        return MaskStages(stage_layers(depth, mask.layers), mask.at)
+    return MaskStages((depth - 1,) if mask.strategy == "direct" else (), "output")
+
+
+def online_keep_indices(relation: Callable[..., ViTOutput], images: Tensor, mask: MaskConfig) -> Tensor:
+    """Compute the masks of any number of images (B, 3, H, W) uint8, as training would: (B, K) int64 ascending."""
+    with torch.no_grad():
+        outputs = grouped_forward(relation, images, mask.images_per_forward)
+        return torch.cat([choose_keep_indices(output, mask)[:size] for output, size in outputs])
+
+
+def choose_keep_indices(output: ViTOutput, mask: MaskConfig) -> Tensor:
+    """Choose patches by the relation teacher's stage tokens (Eq. 4, or Table 8's direct mask): (B, K)."""
+    if mask.strategy == "progressive":
+        return progressive_keep_indices(output.stage_tokens, mask.stage_keep_ratio)
+    (tokens,) = output.stage_tokens
+    return keep_least_redundant(tokens, num_kept(tokens.shape[1], mask.keep_ratio))
+
+
+def grouped_forward(
+    teacher: Callable[..., ViTOutput], images: Tensor, images_per_forward: int
+) -> Iterator[tuple[ViTOutput, int]]:
+    """Run a teacher on groups of exactly this many images; the last one is filled up with its last image.
+
+    A matrix product rounds by its shape: in groups of one size, an image gets the same mask in any batch.
+
+    Yields:
+        The output of a group, and how many of its images are real.
+    """
+    for group in images.split(images_per_forward):
+        size = len(group)
+        if size < images_per_forward:
+            group = torch.cat([group, group[-1:].expand(images_per_forward - size, -1, -1, -1)])
+        yield teacher(group), size
+
+
+def _at_patches(output: ViTOutput, keep_indices: Tensor, num_patches: int) -> ViTOutput:
+    """Keep Q and K of prefix tokens and kept patches: (B, A, P + N, E) to (B, A, P + K, E)."""
+    if not output.queries:
+        return output
+    rows = token_rows(keep_indices, output.queries[0].shape[2] - num_patches)
+    return output._replace(
+        queries=tuple(take_rows(query, rows) for query in output.queries),
+        keys=tuple(take_rows(key, rows) for key in output.keys),
+    )

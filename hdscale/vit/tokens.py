@@ -1,0 +1,18 @@
+"""Choose tokens: prefix tokens (class, registers) come first and always stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_rows(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Return the places of prefix tokens and kept patches among all tokens: (B, K) to (B, P + K)."""
+    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
+    return torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Gather tokens (B, S, D) or per-head tokens (B, A, S, E) at rows (B, R)."""
+    index = rows.unsqueeze(-1) if x.ndim == 3 else rows[:, None, :, None]
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
