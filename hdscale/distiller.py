@@ -1,0 +1,193 @@
+"""The one module DeepSpeed wraps: the student, its removable feature head, and Eq. 1.
+
+Teachers stay outside: inside, ZeRO-3 would partition them with the student and every checkpoint would carry them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hdscale.errors import UserError
+from hdscale.losses import feature_loss, relation_loss, token_relation
+from hdscale.student.build import build_student
+from hdscale.student.heads import build_head
+from hdscale.types import LossTerms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from collections.abc import Mapping, Sequence
+
+    from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
+    from hdscale.student.build import Student
+    from hdscale.types import Targets, ViTOutput
+
+
+_STUDENT_NAMES = ("student", "encoder")
+"""What the wrapped modules call the ViT they train: here, and in hdscale.pretraining."""
+
+
+class Distiller(nn.Module):
+    """Student and feature head in, Eq. 1 out.
+
+    Which modules run depends on what the module was built with, never on the batch or the rank: ranks that run modules
+    a different number of times deadlock ZeRO-3.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        head: nn.Module | None,
+        relation: RelationConfig,
+        loss: LossConfig,
+        *,
+        cls_in_relation: bool,
+    ) -> None:
+        """Take built parts.
+
+        Args:
+            student: gives final patch tokens, and Q and K of the relation layers when there is a relation teacher.
+            head: student width to feature teacher width; None without a feature teacher.
+            relation: how relations are made and compared.
+            loss: weights of Eq. 1.
+            cls_in_relation: the teacher's relations have the class token as their first row and column.
+        """
+        super().__init__()
+        self.student = student
+        self.head = head
+        self.relation = relation
+        self.loss = loss
+        self.cls_in_relation = cls_in_relation
+
+    def forward(self, images: Tensor, targets: Targets) -> LossTerms:
+        """Return Eq. 1 of one micro-batch; a teacher that was left out gives a zero term.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            targets: the teachers' side; its `keep_indices` choose the student's tokens.
+        """
+        output = self.student(images, targets.keep_indices)
+        feature = self._feature_term(output, targets)
+        relation = self._relation_term(output, targets)
+        return LossTerms(feature + self.loss.alpha * relation, feature, relation)
+
+    def _feature_term(self, output: ViTOutput, targets: Targets) -> Tensor:
+        assert (self.head is None) == (targets.features is None), "head and feature teacher come together"
+        assert output.patch_tokens is not None
+        if self.head is None or targets.features is None:
+            return torch.zeros((), device=output.patch_tokens.device)
+        tokens = self.head(output.patch_tokens)  # (B, K, T)
+        return feature_loss(tokens, targets.features, self.loss.beta, self.loss.target_norm)
+
+    def _relation_term(self, output: ViTOutput, targets: Targets) -> Tensor:
+        assert output.patch_tokens is not None
+        assert len(output.queries) == len(targets.relations), "one teacher relation for each relation layer"
+        terms = [
+            relation_loss(
+                token_relation(
+                    self._relation_tokens(query), self._relation_tokens(key), self.relation.scale, self.relation.heads
+                ),
+                target,
+                self.loss.beta,
+                self.relation.loss,
+            )
+            for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True)
+        ]
+        if not terms:
+            return torch.zeros((), device=output.patch_tokens.device)
+        return torch.stack(terms).mean()
+
+    def _relation_tokens(self, tokens: Tensor) -> Tensor:
+        """Drop registers, and the class token where relations leave it out: (B, A, P + K, E) to (B, A, S, E)."""
+        num_prefix = self.student.num_prefix_tokens
+        patches = tokens[:, :, num_prefix:]
+        if not self.cls_in_relation:
+            return patches
+        return tokens if num_prefix == 1 else torch.cat([tokens[:, :, :1], patches], dim=2)
+
+
+def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
+    """Tell whether relations have the class token's row and column: both sides must have one (TinyMIM, FD)."""
+    return relation.cls == "include" and student_has_cls and teacher_has_cls
+
+
+def check_heads(relation: RelationConfig, *, student_heads: int, teacher_heads: int) -> None:
+    """Refuse head counts that cannot be compared head by head."""
+    if relation.heads == "per_head" and student_heads != teacher_heads:
+        raise UserError(
+            f"relation.heads: per_head needs equal head counts, the student has {student_heads} and the relation "
+            f"teacher {teacher_heads}; set relation.heads=merged, or student.num_heads={teacher_heads}"
+        )
+
+
+def build_distiller(
+    student: StudentConfig,
+    relation: RelationConfig,
+    loss: LossConfig,
+    *,
+    img_size: int,
+    seed: int,
+    feature_dim: int | None,
+    relation_heads: int | None,
+    teacher_has_cls: bool,
+    checkpoint_fn: Callable[..., Any] | None = None,
+) -> Distiller:
+    """Build student, head and losses for the teachers there are.
+
+    Args:
+        student: the recipe's section, as the next two.
+        relation: see above.
+        loss: see above.
+        img_size: side of the views in pixels.
+        seed: of the initial weights.
+        feature_dim: width of the feature teacher's tokens; None without one.
+        relation_heads: attention heads of the relation teacher; None without one.
+        teacher_has_cls: whether the relation teacher has a class token.
+        checkpoint_fn: see `ViTEncoder`.
+
+    Raises:
+        UserError: no teacher at all, or head counts or widths that do not fit.
+    """
+    if feature_dim is None and relation_heads is None:
+        raise UserError("feature_teacher and relation_teacher are both null: a student needs at least one of them")
+    layers = relation.layers if relation_heads is not None else ()
+    model = build_student(
+        student, img_size, seed=seed, relation_layers=layers, checkpoint_fn=checkpoint_fn
+    )
+    if relation_heads is not None:
+        check_heads(relation, student_heads=model.num_heads, teacher_heads=relation_heads)
+    head = None if feature_dim is None else build_head(student, model.embed_dim, feature_dim, seed=seed)
+    include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teacher_has_cls)
+    return Distiller(model, head, relation, loss, cls_in_relation=include)
+
+
+def load_student(
+    config: StudentConfig, img_size: int, weights: Mapping[str, Tensor], *, relation_layers: Sequence[int] = ()
+) -> Student:
+    """Rebuild a trained student in eval mode, without its head.
+
+    Args:
+        config: as it was trained.
+        img_size: side of the views in pixels, as it was trained.
+        weights: of a `Distiller`, or of a model of hdscale.pretraining, whose encoder is a student as well.
+        relation_layers: blocks whose Q and K are wanted.
+
+    Raises:
+        UserError: the weights are of another architecture.
+    """
+    student = build_student(config, img_size, seed=0, relation_layers=relation_layers, checkpoint_every=0)
+    own = {
+        name.partition(".")[2]: tensor for name, tensor in weights.items() if name.partition(".")[0] in _STUDENT_NAMES
+    }
+    try:
+        student.load_state_dict(own, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint does not fit student.* and data.img_size of its recipe.yaml, put the original recipe "
+            f"back: {reason}"
+        ) from error
+    return student.eval()

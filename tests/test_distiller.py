@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+
+from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
+from hdscale.distiller import build_distiller, check_heads, load_student, relations_include_cls
+from hdscale.errors import UserError
+from hdscale.types import Targets
+
+STUDENT = StudentConfig(
+    model="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2.0, drop_path=0.0
+)
+KEEP = torch.tensor([[0, 3, 4, 9, 12, 15], [1, 2, 5, 6, 10, 11]])  # of 4 x 4 patches
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def make(relation=None, loss=None, *, student=STUDENT, feature_dim=24, relation_heads=4, teacher_has_cls=True):
+    return build_distiller(
+        student,
+        relation or RelationConfig(),
+        loss or LossConfig(),
+        img_size=32,
+        seed=1,
+        feature_dim=feature_dim,
+        relation_heads=relation_heads,
+        teacher_has_cls=teacher_has_cls,
+    )
+
+
+def make_targets(num_tokens, *, heads=4, keep=KEEP):
+    generator = torch.Generator().manual_seed(2)
+    num_patches = 16 if keep is None else keep.shape[1]
+    return Targets(
+        keep_indices=keep,
+        features=torch.randn(2, num_patches, 24, generator=generator) * 3 + 1,
+        relations=tuple(torch.randn(2, heads, num_tokens, num_tokens, generator=generator) for _ in range(2)),
+    )
+
+
+def smooth_l1(difference, beta):
+    size = np.abs(difference)
+    return np.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta).mean()
+
+
+def reference_terms(distiller, images, targets, *, first_token):
+    """Eq. 1 in float64 NumPy, from the student's own tokens, queries and keys."""
+    with torch.no_grad():
+        output = distiller.student(images, targets.keep_indices)
+    beta = distiller.loss.beta
+    linear = distiller.head.proj
+    tokens = output.patch_tokens.double().numpy() @ linear.weight.detach().double().numpy().T
+    tokens = tokens + linear.bias.detach().double().numpy()
+    wanted = targets.features.double().numpy()
+    wanted = (wanted - wanted.mean(-1, keepdims=True)) / np.sqrt(wanted.var(-1, keepdims=True) + 1e-6)
+    layers = []
+    for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
+        query, key = (x[:, :, first_token:].double().numpy() for x in (query, key))
+        relation = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+        layers.append(smooth_l1(relation - target.double().numpy(), beta))
+    return smooth_l1(tokens - wanted, beta), np.mean(layers)
+
+
+def test_terms_equal_eq_1_written_out_in_numpy(images):
+    distiller = make(loss=LossConfig(alpha=0.5, beta=0.7))
+    targets = make_targets(7)
+    feature, relation = reference_terms(distiller, images, targets, first_token=0)
+    terms = distiller(images, targets)
+    assert terms.feature.item() == pytest.approx(feature, rel=1e-5)
+    assert terms.relation.item() == pytest.approx(relation, rel=1e-5)
+    assert terms.total.item() == pytest.approx(feature + 0.5 * relation, rel=1e-5)
+
+
+@pytest.mark.parametrize(("relation", "teacher_has_cls"), [({"cls": "exclude"}, True), ({}, False)])
+def test_relations_without_a_class_token_are_of_patches_only(images, relation, teacher_has_cls):
+    distiller = make(RelationConfig(**relation), teacher_has_cls=teacher_has_cls)
+    targets = make_targets(6)
+    terms = distiller(images, targets)
+    assert terms.relation.item() == pytest.approx(
+        reference_terms(distiller, images, targets, first_token=1)[1], rel=1e-5
+    )
+
+
+def test_registers_never_enter_relations(images):
+    student = StudentConfig(
+        model="vit_small_patch14_reg4_dinov2", patch_size=8, embed_dim=32, depth=4, num_heads=4, drop_path=0.0
+    )
+    distiller = make(student=student)
+    assert distiller.student.num_prefix_tokens == 5
+    targets = make_targets(7)
+    output = distiller.student(images, KEEP)
+    rows = [0, 5, 6, 7, 8, 9, 10]
+    layers = [
+        smooth_l1(((q[:, :, rows] @ k[:, :, rows].mT) / 8**0.5 - target).detach().numpy(), 2.0)
+        for q, k, target in zip(output.queries, output.keys, targets.relations, strict=True)
+    ]
+    assert distiller(images, targets).relation.item() == pytest.approx(np.mean(layers), rel=1e-5)
+
+
+def test_a_missing_teacher_gives_a_zero_term_and_leaves_the_other_alone(images):
+    targets = make_targets(7)
+    both = make()(images, targets)
+    feature_only = make(relation_heads=None)
+    terms = feature_only(images, targets._replace(relations=()))
+    assert terms.relation.item() == 0
+    assert terms.total.item() == pytest.approx(both.feature.item(), rel=1e-6)
+    terms.total.backward()
+    relation_only = make(feature_dim=None)
+    terms = relation_only(images, targets._replace(features=None))
+    assert relation_only.head is None
+    assert terms.feature.item() == 0
+    assert terms.total.item() == pytest.approx(both.relation.item(), rel=1e-6)
+    terms.total.backward()
+
+
+def test_without_masks_all_patches_are_compared(images):
+    terms = make()(images, make_targets(17, keep=None))
+    assert torch.isfinite(torch.stack(terms)).all()
+
+
+def test_merged_relations_take_unequal_head_counts(images):
+    terms = make(RelationConfig(heads="merged"), relation_heads=6)(images, make_targets(7, heads=1))
+    assert terms.relation.item() > 0
+
+
+def test_the_loss_falls_on_a_fixed_batch_and_every_parameter_gets_a_gradient(images):
+    distiller, targets = make(), make_targets(7)
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        terms = distiller(images, targets)
+        terms.total.backward()
+        losses.append(terms.total.item())
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert [name for name, p in distiller.named_parameters() if p.grad is None] == []
+
+
+def test_unequal_head_counts_are_refused_with_the_way_out():
+    with pytest.raises(UserError, match=r"relation\.heads.*student has 4.*teacher 6.*relation\.heads=merged"):
+        make(relation_heads=6)
+    check_heads(RelationConfig(heads="merged"), student_heads=4, teacher_heads=6)
+
+
+def test_no_teacher_at_all_is_refused():
+    with pytest.raises(UserError, match="feature_teacher and relation_teacher are both null"):
+        make(feature_dim=None, relation_heads=None)
+
+
+def test_the_class_token_needs_both_sides_and_the_recipe():
+    include, exclude = RelationConfig(cls="include"), RelationConfig(cls="exclude")
+    assert relations_include_cls(include, student_has_cls=True, teacher_has_cls=True)
+    assert not relations_include_cls(include, student_has_cls=False, teacher_has_cls=True)
+    assert not relations_include_cls(include, student_has_cls=True, teacher_has_cls=False)
+    assert not relations_include_cls(exclude, student_has_cls=True, teacher_has_cls=True)
+
+
+def test_a_loaded_student_gives_the_trained_students_features(images):
+    distiller = make().eval()
+    loaded = load_student(STUDENT, 32, distiller.state_dict(), relation_layers=(-1,))
+    assert torch.equal(loaded(images).patch_tokens, distiller.student(images).patch_tokens)
+    assert not loaded.training
+    assert len(loaded(images).queries) == 1
+
+
+def test_weights_of_another_architecture_are_refused():
+    deeper = STUDENT.model_copy(update={"depth": 5})
+    with pytest.raises(UserError, match=r"does not fit student\.\*.*recipe\.yaml"):
+        load_student(deeper, 32, make().state_dict())
