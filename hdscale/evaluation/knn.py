@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from hdscale.types import Batch
 
-_CHUNK = 1024
-"""Held-out rows compared at once: bounds the similarity matrix."""
+_CELLS = 1 << 26
+"""Similarities computed at once: 256 MB."""
 
 
 class KnnResult(NamedTuple):
@@ -31,8 +31,8 @@ def knn_accuracy(
 ) -> KnnResult:
     """Classify held-out features by the majority of their k nearest training features.
 
-    Nearness is cosine similarity in float32; equally near neighbours rank by their row. A tie of votes goes to the class
-    of the nearest neighbour among the tied classes.
+    Nearness is cosine similarity in float32; equally near neighbours rank by their row. A tie of votes goes to the
+    class of the nearest neighbour among the tied classes.
 
     Args:
         train_features: (M, D).
@@ -41,17 +41,30 @@ def knn_accuracy(
         val_labels: (V,) int64.
         k: neighbours that vote; all M when there are fewer.
     """
-    assert len(train_features) and len(val_features), "k-NN needs samples on both sides"
+    assert min(len(train_features), len(val_features)) > 0, "k-NN needs samples on both sides"
     train = F.normalize(train_features.float(), dim=1)
+    chunk = max(1, _CELLS // len(train))
     correct = 0
-    for start in range(0, len(val_features), _CHUNK):
-        val = F.normalize(val_features[start : start + _CHUNK].float(), dim=1)
-        order = torch.argsort(val @ train.T, dim=1, descending=True, stable=True)[:, :k]  # (chunk, k), nearest first
-        predicted = _majority(train_labels[order])
-        correct += int((predicted == val_labels[start : start + _CHUNK]).sum())
+    for start in range(0, len(val_features), chunk):
+        val = F.normalize(val_features[start : start + chunk].float(), dim=1)
+        predicted = _majority(train_labels[_nearest(val @ train.T, min(k, len(train)))])
+        correct += int((predicted == val_labels[start : start + chunk]).sum())
     accuracy = correct / len(val_features)
     error = math.sqrt(accuracy * (1 - accuracy) / len(val_features))
     return KnnResult(accuracy, error, len(val_features))
+
+
+def _nearest(similarity: Tensor, k: int) -> Tensor:
+    """Return the k nearest rows of each held-out sample (V, M) as (V, k), nearest first, equally near ones by row."""
+    values, rows = similarity.topk(k, dim=1)
+    rows = rows.sort(dim=1).values
+    order = similarity.gather(1, rows).argsort(dim=1, descending=True, stable=True)
+    nearest = rows.gather(1, order)
+    # topk may choose any of several rows that are as near as the last one; sorting everything is slow, but stable.
+    tied = (similarity >= values[:, -1:]).sum(dim=1) > k
+    if tied.any():
+        nearest[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return nearest
 
 
 def _majority(votes: Tensor) -> Tensor:

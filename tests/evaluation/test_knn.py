@@ -24,7 +24,8 @@ def make_batch(images, labels):
     return Batch(images, labels, ids, torch.zeros_like(ids), torch.zeros_like(ids), None)
 
 
-def test_accuracy_equals_a_plain_loop_over_several_chunks():
+def test_accuracy_equals_a_plain_loop_over_several_chunks(monkeypatch):
+    monkeypatch.setattr("hdscale.evaluation.knn._CELLS", 150 * 400)
     rng = np.random.default_rng(0)
     train, val = rng.normal(size=(150, 8)), rng.normal(size=(1100, 8))
     train_labels, val_labels = rng.integers(0, 3, 150), rng.integers(0, 3, 1100)
@@ -53,6 +54,12 @@ def test_equal_similarities_rank_by_row_and_length_does_not_count():
     train = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
     val = torch.tensor([[0.5, 0.0]])
     assert knn_accuracy(train, torch.tensor([4, 1, 1]), val, torch.tensor([4]), 1).accuracy == 1.0
+
+
+def test_of_equally_near_rows_the_first_ones_vote():
+    train = torch.cat([torch.tensor([[1.0, 0.0]]).repeat(40, 1), torch.tensor([[0.0, 1.0]]).repeat(60, 1)])
+    labels = torch.tensor([0, 0, 1, 1, 1] + [2] * 35 + [3] * 60)
+    assert knn_accuracy(train, labels, torch.tensor([[3.0, 0.0]]), torch.tensor([1]), 5).accuracy == 1.0
 
 
 def test_fewer_training_rows_than_neighbours_all_vote():
