@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from hdscale.cli import EXIT_DONE, run
+from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
+from hdscale.data.manifest import Manifest
 from hdscale.data.plan import PlanSettings, check_settings, plan_splits
 from hdscale.data.sources import Digits, ImageFolder, Source
 from hdscale.data.writer import SplitJob, write_split
 from hdscale.errors import UserError
+from hdscale.progress import Progress
 
 _NAMED_SKIPS = 10
-_SECONDS_BETWEEN_LINES = 60
 
 
 def main(argv: list[str]) -> int:
@@ -47,18 +45,26 @@ def main(argv: list[str]) -> int:
             samples_per_shard=settings.samples_per_shard,
             made_by=made_by,
         )
-        with _Progress(split, len(rows)) as progress:
-            manifest = write_split(job, arguments.workers, progress.advance)
-        size = sum(shard.bytes for shard in manifest.shards) / 1e6
-        print(
-            f"{split}: {manifest.num_samples} samples of {len(manifest.classes)} classes in {len(manifest.shards)} "
-            f"shards, {size:.1f} MB, in {arguments.output}"
-        )
-        if manifest.skipped:
-            print(f"warning: {len(manifest.skipped)} pictures skipped, listed in the manifest:", file=sys.stderr)
-            for skipped in manifest.skipped[:_NAMED_SKIPS]:
-                print(f"  {skipped.name} {skipped.reason}", file=sys.stderr)
+        try:
+            with Progress(split, len(rows), "samples", sys.stderr) as progress:
+                manifest = write_split(job, arguments.workers, progress)
+        except KeyboardInterrupt:
+            print("stopped; the same command continues where it was", file=sys.stderr)
+            return EXIT_STOPPED
+        _report(manifest, arguments.output)
     return EXIT_DONE
+
+
+def _report(manifest: Manifest, folder: Path) -> None:
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    print(
+        f"{manifest.split}: {manifest.num_samples} samples of {len(manifest.classes)} classes in "
+        f"{len(manifest.shards)} shards, {size:.1f} MB, in {folder}"
+    )
+    if manifest.skipped:
+        print(f"warning: {len(manifest.skipped)} pictures skipped, listed in the manifest:", file=sys.stderr)
+        for skipped in manifest.skipped[:_NAMED_SKIPS]:
+            print(f"  {skipped.name} {skipped.reason}", file=sys.stderr)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -85,33 +91,6 @@ def _source(arguments: argparse.Namespace) -> Source:
     if arguments.input is None:
         raise UserError("--source imagefolder needs --input: the folder that holds one folder of pictures a class")
     return ImageFolder(arguments.input)
-
-
-class _Progress:
-    """A bar on a terminal, a line a minute elsewhere."""
-
-    def __init__(self, split: str, total: int) -> None:
-        self._split, self._total, self._done = split, total, 0
-        self._last_line = self._start = time.monotonic()
-        self._bar = tqdm(total=total, desc=split, unit=" samples") if sys.stderr.isatty() else None
-
-    def advance(self, samples: int) -> None:
-        self._done += samples
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(samples)
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            rate = self._done / (now - self._start)
-            left = (self._total - self._done) / rate
-            print(f"{self._split}: {self._done}/{self._total} samples, {rate:.0f}/s, {left:.0f} s left", flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hdscale.data.index import ShardSet
     from hdscale.data.order import Order
 
-    KeepIndices = Callable[[np.ndarray, np.ndarray], np.ndarray]
+    KeepIndices = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
 
 EVAL_VIEW = -1
 """`Batch.views` of samples that are shown without augmentation."""
@@ -189,7 +189,7 @@ class _TrainDataset(Dataset):
         batch = _load(self._shards, self._config, self._seed, sample_ids, views, epochs)
         if self._keep_indices is None or isinstance(batch, UserError):
             return batch
-        return batch._replace(keep_indices=torch.from_numpy(self._keep_indices(sample_ids, views)))
+        return batch._replace(keep_indices=torch.as_tensor(self._keep_indices(sample_ids, views)))
 
 
 class _SequentialDataset(Dataset):

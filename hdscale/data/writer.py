@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from hdscale.data.index import INDEX_DTYPE, file_digest, write_index
+from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_index
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
 from hdscale.data.pictures import BadPicture
-from hdscale.data.sources import Source, sample_key
+from hdscale.data.sources import Picture, Source, sample_key
 from hdscale.data.staging import remove_leftovers, staged
 from hdscale.errors import UserError
 
@@ -111,6 +111,7 @@ def _is_complete(job: SplitJob) -> bool:
     if not manifest_path(job.output, job.split).is_file():
         return False
     _refuse_other_settings(job, read_manifest(job.output, job.split).made_by)
+    open_shards(job.output, job.split).close()  # raises when a file of it went missing since
     shutil.rmtree(_making_folder(job.output, job.split), ignore_errors=True)
     return True
 
@@ -228,7 +229,7 @@ def _write_shard(task: _ShardTask) -> int:
     return len(task.names)
 
 
-def _read(source: Source, name: str) -> Any:
+def _read(source: Source, name: str) -> Picture:
     try:
         return source.read(name)
     except OSError as error:
