@@ -86,6 +86,7 @@ def normalized_mutual_information(attention: Tensor) -> Tensor:
     # Entropies subtracted would lose the digits of a small difference; the sum of p log(p / q) keeps them.
     ratio = torch.where(conditional > 0, conditional / marginal.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
     information = torch.xlogy(conditional, ratio).sum(dim=-1).mean(dim=-1)  # (B, A)
-    root = (key_entropy.clamp_min(0) * query_entropy).sqrt()
-    normalized = torch.where(root > 0, information / root.where(root > 0, 1.0), 0.0)
+    product = key_entropy * query_entropy
+    root = product.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    normalized = torch.where(product > 0, information / root, 0.0)
     return normalized.mean(dim=0)

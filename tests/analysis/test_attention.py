@@ -72,6 +72,7 @@ def test_a_head_that_looks_at_one_place_has_nmi_0_not_nan():
     collapsed = torch.zeros(2, 1, 9, 9)
     collapsed[..., 4] = 1
     assert normalized_mutual_information(collapsed).tolist() == [0.0]
+    assert normalized_mutual_information(collapsed * (1 + 2**-23)).item() == pytest.approx(0, abs=1e-6)
     half = torch.cat([collapsed, torch.eye(9).expand(2, 1, 9, 9)])
     assert normalized_mutual_information(half).item() == pytest.approx(0.5, abs=1e-12)
 

@@ -72,8 +72,11 @@ def test_similarity_is_to_the_mean_of_the_tokens_still_kept():
     assert progressive_keep_indices([first, second], 0.6).tolist() == reference_masks([first, second], 0.6) == [[0]]
 
 
-def test_zero_tokens_give_a_mask():
+def test_a_zero_token_is_similar_to_nothing():
     assert keep_least_redundant(torch.zeros(1, 4, 3), 2).tolist() == [[0, 1]]
+    tokens = torch.ones(1, 4, 3)
+    tokens[0, 2] = 0
+    assert keep_least_redundant(tokens, 1).tolist() == [[2]]
 
 
 def test_num_kept_rounds_down_and_never_drops_everything():

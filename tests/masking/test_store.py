@@ -159,6 +159,9 @@ def test_masks_of_something_else_are_refused_by_name(store, changes, difference)
 def test_settings_that_the_strategy_does_not_use_do_not_count(store):
     store.check(fingerprint(mask=MaskConfig(keep_ratio=0.9, store="elsewhere", source="online")), VIEWS)
     store.check(fingerprint(mask=MaskConfig(layers=(0, 8, 16))), VIEWS)
+    direct = fingerprint(mask=MaskConfig(strategy="direct"))
+    assert direct == fingerprint(mask=MaskConfig(strategy="direct", stage_keep_ratio=0.5, layers=(1,), at="input"))
+    assert direct != fingerprint(mask=MaskConfig(strategy="direct", keep_ratio=0.5))
 
 
 def test_a_store_of_other_sizes_is_not_continued(store):
