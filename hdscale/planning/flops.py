@@ -80,7 +80,7 @@ def relation_teacher_flops(
 
 
 def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_dim: int = 0) -> int:
-    """FLOPs of the feature teacher's forward on one image, whose last block answers for the kept patches only.
+    """FLOPs of the feature teacher's forward on one image, whose last block finishes prefix and kept tokens only.
 
     Args:
         vit: the teacher, which sees all patches.
@@ -89,13 +89,14 @@ def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_
     """
     num_tokens, dim = _num_tokens(vit), vit.embed_dim
     block = block_flops(num_tokens, dim, vit.mlp_ratio)
-    queries = vit.num_patches if num_keep is None else num_keep
+    patches = vit.num_patches if num_keep is None else num_keep
     last = block
     if num_keep is not None:
         key_value = 2 * num_tokens * dim * 2 * dim
-        rest = 2 * num_keep * dim * (2 * dim + 2 * int(dim * vit.mlp_ratio))  # query, projection and MLP
-        last = key_value + rest + 4 * num_keep * num_tokens * dim
-    return embed_flops(vit) + (vit.depth - 1) * block + last + 2 * queries * dim * projected_dim
+        asking = _num_tokens(vit, num_keep)
+        rest = 2 * asking * dim * (2 * dim + 2 * int(dim * vit.mlp_ratio))  # query, projection and MLP
+        last = key_value + rest + 4 * asking * num_tokens * dim
+    return embed_flops(vit) + (vit.depth - 1) * block + last + 2 * patches * dim * projected_dim
 
 
 def hybrid_step_flops(

@@ -102,11 +102,11 @@ def test_pruned_feature_teacher_formula_equals_the_counter():
 
     def forward():
         tokens = vit(images(), blocks=3)
-        kept = tokens[:, 1:6]
+        kept = tokens[:, :6]
         key, value = key_value(tokens).view(1, 17, 2, 3, 16).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(query(kept).view(1, 5, 3, 16).transpose(1, 2), key, value)
+        attended = nn.functional.scaled_dot_product_attention(query(kept).view(1, 6, 3, 16).transpose(1, 2), key, value)
         kept = block.attn.proj(attended.transpose(1, 2).flatten(2))
-        return projection(block.mlp(kept))
+        return projection(block.mlp(kept)[:, 1:])
 
     assert feature_teacher_flops(SMALL, 5, projected_dim=20) == count_flops(forward)
     assert feature_teacher_flops(SMALL) == vit_forward_flops(SMALL)

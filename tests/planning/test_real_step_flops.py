@@ -1,0 +1,61 @@
+"""The formula of a hybrid step against torch's counter on a real one."""
+
+import torch
+
+from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig, TeacherConfig
+from hdscale.distiller import build_distiller
+from hdscale.planning.flops import ViTSizes, count_flops, hybrid_step_flops
+from hdscale.teachers.build import build_teacher
+from hdscale.teachers.pair import TeacherPair
+from hdscale.types import Batch
+
+TINY = ViTSizes(depth=12, embed_dim=192, num_patches=16, patch_size=16)
+BATCH, GRID = 2, 4
+
+
+def real_step(mask):
+    """Build two teachers and a student, and return one training step of them."""
+    config = TeacherConfig(name="vit_tiny_patch16_224", weights="random", sharding="replicate")
+    relation, layers = RelationConfig(), RelationConfig().layers
+    feature_teacher = build_teacher(config, role="feature", grid_size=GRID)
+    relation_teacher = build_teacher(
+        config,
+        role="relation",
+        grid_size=GRID,
+        relation_layers=layers,
+        mask=mask if mask.strategy == "progressive" else None,
+        field="relation_teacher",
+    )
+    distiller = build_distiller(
+        StudentConfig(model="vit_tiny_patch16_224", drop_path=0.0),
+        relation,
+        LossConfig(),
+        img_size=GRID * 16,
+        seed=0,
+        feature_dim=192,
+        relation_heads=relation_teacher.num_heads,
+        teacher_has_cls=True,
+    )
+    pair = TeacherPair(
+        feature_teacher,
+        relation_teacher,
+        relation_config=relation,
+        mask_config=mask,
+        seed=0,
+        num_patches=GRID**2,
+        cls_in_relation=distiller.cls_in_relation,
+    )
+    ids = torch.arange(BATCH)
+    images = torch.randint(0, 256, (BATCH, 3, GRID * 16, GRID * 16), dtype=torch.uint8)
+    batch = Batch(images, ids, ids, ids * 0, ids * 0, None)
+    return lambda: distiller(batch.images, pair(batch)).total.backward()
+
+
+def test_the_formula_equals_a_real_step_with_stored_or_random_masks():
+    step = real_step(MaskConfig(strategy="random", keep_ratio=0.35))
+    assert count_flops(step) == BATCH * hybrid_step_flops(TINY, TINY, TINY, num_keep=5)
+
+
+def test_online_progressive_masks_cost_nothing_more():
+    step = real_step(MaskConfig(source="online", images_per_forward=BATCH))
+    assert count_flops(step) == BATCH * hybrid_step_flops(TINY, TINY, TINY, num_keep=4, mask_blocks=9)
