@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+from hdscale.config.recipe import DataConfig
+from hdscale.data.index import open_shards
+from hdscale.data.plan import PlanSettings, plan_splits
+from hdscale.data.sources import Digits
+from hdscale.data.writer import SplitJob, write_split
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory):
+    """All digits in 18 shards of 100, the last one smaller; read only."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_source(Digits(), folder, PlanSettings(samples_per_shard=100))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(digit_folder):
+    return open_shards(digit_folder, "train")
+
+
+@pytest.fixture
+def view_config():
+    return DataConfig(img_size=8, workers=0, window_shards=4)
+
+
+def write_source(source, folder: Path, settings: PlanSettings, workers=0, listing=None):
+    """Write all splits of a source; return their manifests."""
+    listing = listing or source.listing()
+    manifests = []
+    for split, rows in plan_splits(listing, settings).items():
+        job = SplitJob(
+            source=source,
+            output=folder,
+            split=split,
+            classes=listing.classes,
+            names=[listing.names[row] for row in rows],
+            labels=listing.labels[rows],
+            samples_per_shard=settings.samples_per_shard,
+            made_by={"listing": listing.digest(), **settings._asdict()},
+        )
+        manifests.append(write_split(job, workers, lambda count: None))
+    return manifests
+
+
+@pytest.fixture
+def write():
+    """`write_source`, for test files that cannot import from here."""
+    return write_source
