@@ -57,7 +57,9 @@ def load_ds_config(path: Path, *, stages: tuple[int, ...] = (2, 3)) -> dict[str,
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"DeepSpeed config {path} cannot be read ({error.strerror}); ds_configs/ has examples") from error
+        raise UserError(
+            f"DeepSpeed config {path} cannot be read ({error.strerror}); ds_configs/ has examples"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"DeepSpeed config {path} is not JSON: {error}") from error
     if not isinstance(values, dict):

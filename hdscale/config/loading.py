@@ -67,7 +67,9 @@ def load_run_recipe(run_folder: Path) -> Recipe:
     """Read the resolved recipe that a run wrote into its folder."""
     path = run_folder / RECIPE_FILE
     if not path.is_file():
-        raise UserError(f"{run_folder} is not a run folder: it has no {RECIPE_FILE}; give one that launch/train.py wrote")
+        raise UserError(
+            f"{run_folder} is not a run folder: it has no {RECIPE_FILE}; give one that launch/train.py wrote"
+        )
     return load_recipe(path)
 
 

@@ -283,7 +283,7 @@ class Recipe(Section):
             raise ValueError("mask.source store needs a number of data.views; fresh views need mask.source online")
         if self.schedule.warmup_epochs >= self.schedule.epochs:
             raise ValueError(
-                f"schedule.warmup_epochs must be below schedule.epochs {self.schedule.epochs}, "
-                f"got {self.schedule.warmup_epochs}"
+                f"schedule.warmup_epochs must be below schedule.epochs {self.schedule.epochs:g}, "
+                f"got {self.schedule.warmup_epochs:g}"
             )
         return self

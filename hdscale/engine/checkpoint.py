@@ -114,7 +114,9 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
         except CorruptCheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise UserError(f"no checkpoint of {run_folder} is whole: {'; '.join(problems)}; restore one or use a new run.name")
+        raise UserError(
+            f"no checkpoint of {run_folder} is whole: {'; '.join(problems)}; restore one or choose another run.name"
+        )
     return None
 
 

@@ -74,7 +74,7 @@ def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: Op
     else:
         optimizer = torch.optim.AdamW(groups, **settings)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
-    # A teacher engine's groups must never become the student's: it would silently train on fewer ranks (seen with mpu=).
+    # A teacher's process groups must never become the student's: it would silently train on fewer ranks.
     assert engine.dp_world_size == torch.distributed.get_world_size()
     _create_moments(engine)
     return engine
@@ -94,7 +94,8 @@ def build_teacher_engine(
         **_precision_section(precision),
     }
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
-    return engine.eval()
+    engine.eval()  # returns None, unlike a module's
+    return engine
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +123,8 @@ def configure_checkpointing(ds_config: Mapping[str, Any]) -> Callable[..., Any] 
     section = ds_config.get("activation_checkpointing")
     if not section:
         return None
-    deepspeed.checkpointing.configure(None, deepspeed_config={"train_batch_size": 1, "activation_checkpointing": section})
+    config = {"train_batch_size": 1, "activation_checkpointing": section}
+    deepspeed.checkpointing.configure(None, deepspeed_config=config)
     return deepspeed.checkpointing.checkpoint
 
 

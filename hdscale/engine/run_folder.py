@@ -52,7 +52,9 @@ def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any],
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (folder / "environment.json").write_text(json.dumps(_environment(world_size), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"run folder {folder} cannot be written ({error.strerror}); set run.root and run.name") from error
+        raise UserError(
+            f"run folder {folder} cannot be written ({error.strerror}); set run.root and run.name"
+        ) from error
 
 
 def mark_done(folder: Path) -> None:
@@ -61,7 +63,7 @@ def mark_done(folder: Path) -> None:
 
 
 def _environment(world_size: int) -> dict[str, Any]:
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
@@ -69,7 +71,7 @@ def _environment(world_size: int) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "world_size": world_size,
         "host": platform.node(),
-        "devices": devices,
+        "devices": devices or ["cpu"],
     }
 
 

@@ -41,18 +41,3 @@ def build_schedule(schedule: ScheduleConfig, optim: OptimConfig, num_samples: in
         )
     warmup = math.floor(schedule.warmup_epochs * num_samples / optim.global_batch_size)
     return Schedule(total, min(warmup, total - 1), optim.lr, schedule.min_lr)
-
-
-def accumulation_steps(optim: OptimConfig, world_size: int) -> int:
-    """Return micro-steps an optimizer step.
-
-    Raises:
-        UserError: the global batch is no multiple of ranks x micro-batch.
-    """
-    at_once = optim.micro_batch_size * world_size
-    if optim.global_batch_size % at_once:
-        raise UserError(
-            f"optim.global_batch_size {optim.global_batch_size} must be a multiple of optim.micro_batch_size "
-            f"{optim.micro_batch_size} x {world_size} ranks = {at_once}; change one of the three"
-        )
-    return optim.global_batch_size // at_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hdscale.engine.ranks import Ranks
     from hdscale.engine.schedule import Schedule
     from hdscale.engine.stop import StopFlag
+    from hdscale.progress import Progress
 
 
 class Plan(NamedTuple):
@@ -51,7 +53,7 @@ class Trainer(NamedTuple):
     fingerprints: dict[str, Any]
     log: LogConfig
     checkpoint: CheckpointConfig
-    report: Callable[[dict[str, Any]], None]
+    progress: Progress
 
 
 def train_step(engine: DeepSpeedEngine, prepare: Callable[[Batch], tuple[Any, ...]], batch: Batch) -> LossTerms:
@@ -86,6 +88,7 @@ def train(trainer: Trainer, batches: Iterator[Batch], metrics: MetricsWriter | N
             seed_everything(plan.seed, step, micro_step, trainer.ranks.rank)
             meter.add(train_step(trainer.engine, trainer.prepare, to_device(meter.wait_for(batches), trainer.ranks)))
         step += 1
+        trainer.progress(1)
         stopping = stop.any_rank()
         if step % trainer.log.every_steps == 0 or step == plan.end_step or stopping:
             _log(trainer, meter, metrics, step)
@@ -105,7 +108,7 @@ def seed_everything(seed: int, step: int, micro_step: int, rank: int) -> None:
 
 
 def to_device(batch: Batch, ranks: Ranks) -> Batch:
-    """Copy what the device computes on; sample ids, views and epochs stay with the CPU, which looks masks up by them."""
+    """Copy what the device computes on; ids, views and epochs stay with the CPU, which draws random masks from them."""
     if ranks.device.type == "cpu":
         return batch
     moved = {
@@ -191,15 +194,13 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "memory_gb": peak_memory_gb(trainer.ranks),
     }
     metrics.write(line)
-    trainer.report(line)
+    trainer.progress(0, f"loss {losses.total:.4f}, {rate:.1f} images/s")
 
 
 def peak_memory_gb(ranks: Ranks) -> float:
     """Return this process's peak: allocated GPU memory, or resident memory on a CPU; 10^9 bytes."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device) / 1e9
-    import resource  # noqa: PLC0415 - not there on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

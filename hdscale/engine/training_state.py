@@ -85,9 +85,9 @@ def _full(parameter: nn.Parameter, kind: str) -> Tensor:
 def _set(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     if hasattr(parameter, "ds_id"):
         # The setter of full tensors reads past the end of a parameter that the ranks do not divide evenly.
-        optimizer = parameter._z3_optimizer  # noqa: SLF001
-        share = parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
-        rank = optimizer._get_param_partition_rank(parameter)  # noqa: SLF001
+        optimizer = parameter._z3_optimizer
+        share = parameter.ds_tensor.numel()
+        rank = optimizer._get_param_partition_rank(parameter)
         padded = torch.nn.functional.pad(value.flatten(), (0, max(0, share * (rank + 1) - value.numel())))
         local = padded[share * rank : share * (rank + 1)]
         if kind == WEIGHT:

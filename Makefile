@@ -1,0 +1,42 @@
+# Everything runs inside .venv, which is made when it is missing and again when the requirements change.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# One thread a process: two ranks share two cores, and results do not depend on the machine's width.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+RANKS ?= 2
+DEEPSPEED := $(BIN)/deepspeed --num_gpus $(RANKS)
+DS ?= ds_configs/zero2.json
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(BIN)/python data_tools/make_shards.py --source digits --output demo/shards --val-fraction 0.2 --samples-per-shard 256
+	$(DEEPSPEED) launch/pretrain_teacher.py --method mae --recipe launch/recipes/demo_teacher.yaml --ds_config $(DS) run.name=mae
+	$(DEEPSPEED) launch/pretrain_teacher.py --method supervised --recipe launch/recipes/demo_teacher.yaml --ds_config $(DS) run.name=supervised
+	$(DEEPSPEED) launch/precompute_masks.py --recipe launch/recipes/demo_hybrid.yaml
+	$(DEEPSPEED) launch/train.py --recipe launch/recipes/demo_feature_only.yaml --ds_config $(DS)
+	$(DEEPSPEED) launch/train.py --recipe launch/recipes/demo_hybrid.yaml --ds_config $(DS)
+	$(BIN)/python launch/export.py --run demo/runs/hybrid --output demo/student.safetensors
+	$(BIN)/python launch/evaluate.py summary --run demo/runs/feature_only --run demo/runs/hybrid --output demo/summary.json
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell hdscale launch data_tools tests docs README.md
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,64 @@
+"""Train a teacher: a masked autoencoder or a supervised classifier, in the same loop as the student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TextIO
+
+from hdscale.cli import EXIT_DONE
+from hdscale.engine.assembly import plan_run, start_engine, train_run
+from hdscale.engine.checkpoint import require_checkpoint
+from hdscale.engine.ranks import distributed
+from hdscale.export import export_encoder
+from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
+from hdscale.student.build import build_student
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
+
+    from hdscale.config.recipe import Recipe
+    from hdscale.types import Batch
+
+ENCODER_FILE = "encoder.safetensors"
+"""In the run folder: what a recipe's teacher section names as `weights`."""
+
+
+def pretrain(
+    recipe: Recipe,
+    method: str,
+    ds_config: Mapping[str, Any],
+    *,
+    allow_change: Sequence[str] = (),
+    stream: TextIO | None = None,
+) -> int:
+    """Train the recipe's `student` architecture as a teacher; return the exit code.
+
+    Args:
+        recipe: `student`, `data`, `optim`, `schedule` and `pretrain` count.
+        method: `mae` (75 % of the patches hidden, decoder thrown away) or `supervised`.
+        ds_config: checked DeepSpeed config.
+        allow_change: what may differ from the run's earlier start.
+        stream: where the first rank shows progress.
+    """
+    run = plan_run(recipe, ds_config, teacher_digests={"method": method}, allow_change=allow_change)
+    module, prepare = _build(recipe, method, len(run.shards.classes))
+    with distributed() as ranks:
+        engine = start_engine(run, module, ranks)
+        code = train_run(run, engine, ranks, prepare, stream=stream)
+        if code == EXIT_DONE and ranks.is_first:
+            state = require_checkpoint(run.folder).module_state()
+            export_encoder(state, recipe, run.folder / ENCODER_FILE, prefix="encoder.", kind=method)
+    return code
+
+
+def _build(recipe: Recipe, method: str, num_classes: int) -> tuple[nn.Module, Callable[[Batch], tuple[Any, ...]]]:
+    seed = recipe.run.seed
+    encoder = build_student(recipe.student, recipe.data.img_size, seed=seed)
+    if method == "supervised":
+        classifier = SupervisedClassifier(encoder, num_classes, recipe.pretrain, seed=seed)
+        return classifier, lambda batch: (batch.images, batch.labels)
+    num_patches = encoder.grid_size**2
+    autoencoder = MaskedAutoencoder(encoder, recipe.pretrain, seed=seed)
+    ratio = recipe.pretrain.mask_ratio
+    return autoencoder, lambda batch: (batch.images, mae_keep_indices(batch, num_patches, ratio, seed))

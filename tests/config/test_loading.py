@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+
+from hdscale.config.loading import changed_fields, dump_recipe, load_recipe, load_run_recipe
+from hdscale.errors import UserError
+
+RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
+
+
+def test_every_recipe_loads_and_survives_a_round_trip(tmp_path):
+    assert RECIPES
+    for path in RECIPES:
+        recipe = load_recipe(path)
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+        assert load_run_recipe(tmp_path) == recipe
+        assert recipe.run.name
+
+
+def test_the_default_recipe_file_states_the_defaults_of_the_code():
+    from_file = load_recipe(Path("launch/recipes/vit_l_in21k.yaml")).model_dump()
+    from_code = load_recipe(None).model_dump()
+    for values in (from_file, from_code):  # where things lie is the file's business
+        del values["run"], values["checkpoint"], values["data"]["shards"], values["mask"]["store"]
+    assert from_file == from_code
+
+
+def test_an_override_replaces_one_field_and_makes_missing_sections():
+    recipe = load_recipe(None, ["optim.lr=3e-4", "feature_teacher=null", "relation.layers=[0, 1]"])
+    assert recipe.optim.lr == 3e-4
+    assert recipe.feature_teacher is None
+    assert recipe.relation.layers == (0, 1)
+    assert recipe.optim.weight_decay == 0.05
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("mask.keep_ratoi=1", ["unknown key mask.keep_ratoi", "did you mean mask.keep_ratio?"]),
+        ("keep_ratio=0.3", ["unknown key keep_ratio", "did you mean mask.keep_ratio?"]),
+        ("mask.keep_ratio=1.4", ["mask.keep_ratio must be less than or equal to 1", "got 1.4"]),
+        ("student.depth=many", ["student.depth must be a valid integer", "'many'"]),
+        ("relation.loss=kl", ["relation: loss kl needs scale softmax, got scaled"]),
+        ("relation.layers=[1, 1]", ["relation: layers must name different blocks, got [1, 1]"]),
+        ("schedule.warmup_epochs=50", ["schedule.warmup_epochs must be below schedule.epochs 40, got 50"]),
+        ("data.views=0", ["data: views must be at least 1 or fresh, got 0"]),
+        ("data.views=fresh", ["mask.source store needs a number of data.views"]),
+        ("data.crop_scale=[0.9, 0.1]", ["data: crop_scale and crop_ratio must be two rising positive numbers"]),
+        ("feature_teacher.source=file", ["feature_teacher: weights must be a file's path"]),
+        ("feature_teacher.name=''", ["feature_teacher: name must say which timm model"]),
+        ("optim.lr", ["must be key=value"]),
+        ("optim.lr=[", ["not YAML"]),
+        ("run.name.x=1", ["run.name is a value, not a section"]),
+    ],
+)
+def test_each_mistake_in_an_override_gives_one_line_with_the_way_out(override, parts):
+    overrides = ["run.name=a", override] if override.startswith("run.name.") else [override]
+    with pytest.raises(UserError) as error:
+        load_recipe(None, overrides)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_online_masks_need_the_relation_teacher():
+    with pytest.raises(UserError, match="needs a relation_teacher"):
+        load_recipe(None, ["relation_teacher=null", "mask.source=online"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "must be sections"), ("optim: {lrr: 1}", "did you mean")]
+)
+def test_a_broken_recipe_file_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(path)
+    assert "mine.yaml" in str(error.value)
+
+
+def test_a_missing_recipe_and_a_folder_that_is_no_run_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match="is not a run folder"):
+        load_run_recipe(tmp_path)
+
+
+def test_changed_fields_lists_what_changes_the_result_and_nothing_else():
+    old = load_recipe(None)
+    free = ["data.workers=3", "log.every_steps=1", "mask.source=store", "optim.micro_batch_size=64", "run.name=other"]
+    assert changed_fields(old, load_recipe(None, free)) == []
+    new = load_recipe(None, ["optim.lr=1e-3", "relation_teacher=null", "mask.strategy=none"])
+    fields = [field for field, *_ in changed_fields(old, new)]
+    assert "optim.lr" in fields
+    assert "mask.strategy" in fields
+    assert "relation_teacher.name" in fields
