@@ -17,9 +17,7 @@ from hdscale.student.heads import build_head
 from hdscale.types import LossTerms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
     from hdscale.student.build import Student
@@ -154,9 +152,7 @@ def build_distiller(
     if feature_dim is None and relation_heads is None:
         raise UserError("feature_teacher and relation_teacher are both null: a student needs at least one of them")
     layers = relation.layers if relation_heads is not None else ()
-    model = build_student(
-        student, img_size, seed=seed, relation_layers=layers, checkpoint_fn=checkpoint_fn
-    )
+    model = build_student(student, img_size, seed=seed, relation_layers=layers, checkpoint_fn=checkpoint_fn)
     if relation_heads is not None:
         check_heads(relation, student_heads=model.num_heads, teacher_heads=relation_heads)
     head = None if feature_dim is None else build_head(student, model.embed_dim, feature_dim, seed=seed)
@@ -164,21 +160,18 @@ def build_distiller(
     return Distiller(model, head, relation, loss, cls_in_relation=include)
 
 
-def load_student(
-    config: StudentConfig, img_size: int, weights: Mapping[str, Tensor], *, relation_layers: Sequence[int] = ()
-) -> Student:
+def load_student(config: StudentConfig, img_size: int, weights: Mapping[str, Tensor]) -> Student:
     """Rebuild a trained student in eval mode, without its head.
 
     Args:
         config: as it was trained.
         img_size: side of the views in pixels, as it was trained.
         weights: of a `Distiller`, or of a model of hdscale.pretraining, whose encoder is a student as well.
-        relation_layers: blocks whose Q and K are wanted.
 
     Raises:
         UserError: the weights are of another architecture.
     """
-    student = build_student(config, img_size, seed=0, relation_layers=relation_layers, checkpoint_every=0)
+    student = build_student(config, img_size, seed=0)
     own = {
         name.partition(".")[2]: tensor for name, tensor in weights.items() if name.partition(".")[0] in _STUDENT_NAMES
     }

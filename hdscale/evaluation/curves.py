@@ -40,8 +40,7 @@ def attention_curves(
         num_images: the first so many of them; all when there are fewer.
         num_prefix_tokens: P.
         grid_size: patches along one side.
-        patch_size: pixels; the student's for every model, so that distances are in pixels of the same picture whatever
-            size a teacher is fed.
+        patch_size: side of a patch in pixels.
     """
     distances, informations, seen = [], [], 0
     for batch in loader:

@@ -74,12 +74,15 @@ def _majority(votes: Tensor) -> Tensor:
     return votes.gather(1, first).squeeze(1)
 
 
-def extract_features(encode: Callable[[Tensor], Tensor], loader: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def extract_features(
+    encode: Callable[[Tensor], Tensor], loader: Iterable[Batch], progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, Tensor]:
     """Run an encoder over a loader.
 
     Args:
         encode: (B, 3, H, W) uint8 to features (B, D).
         loader: batches of held-out views.
+        progress: told how many images were done since it was last called.
 
     Returns:
         (V, D) float32 features and (V,) int64 labels, on the CPU.
@@ -89,6 +92,8 @@ def extract_features(encode: Callable[[Tensor], Tensor], loader: Iterable[Batch]
         for batch in loader:
             features.append(encode(batch.images).float().cpu())
             labels.append(batch.labels.cpu())
+            if progress is not None:
+                progress(len(batch.images))
     assert features, "the loader gave no batch"
     return torch.cat(features), torch.cat(labels)
 

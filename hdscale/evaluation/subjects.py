@@ -1,0 +1,124 @@
+"""What gets measured: pixels, an untrained student, teachers, trained students."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
+
+from hdscale.evaluation.curves import AttentionCurves, attention_curves
+from hdscale.evaluation.knn import KnnResult, extract_features, knn_accuracy, pooled, raw_pixels
+from hdscale.progress import Progress
+from hdscale.teachers.build import build_teacher
+from hdscale.teachers.files import load_teacher_file
+from hdscale.vit.build import weight_dtype
+from hdscale.vit.encoder import ViTEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hdscale.config.recipe import EvaluationConfig, TeacherConfig
+    from hdscale.evaluation.held_out import HeldOut
+    from hdscale.student.build import Student
+    from hdscale.teachers.build import FrozenTeacher
+    from hdscale.types import ViTOutput
+
+Role = Literal["baseline", "teacher", "student"]
+
+_METHODS = {"mae": "MAE", "supervised": "supervised"}
+"""How the summary calls a teacher file's `kind`."""
+
+
+class Subject(NamedTuple):
+    """One row of the summary, before it is measured."""
+
+    name: str
+    role: Role
+    model: Student | FrozenTeacher | None  # None: raw pixels
+    images_per_second: float | None = None  # of its training
+
+
+class Row(NamedTuple):
+    """One row of the summary."""
+
+    name: str
+    role: Role
+    knn: KnnResult
+    curves: AttentionCurves | None  # of every layer; None without attention
+    images_per_second: float | None
+
+
+def teacher_subject(config: TeacherConfig, grid_size: int, field: str) -> Subject:
+    """Build a teacher whole, on the student's grid, named after how it was trained."""
+    if config.source == "file":
+        kind = load_teacher_file(config.weights, f"{field}.weights").kind
+        name = f"{_METHODS.get(kind, kind)} teacher"
+    else:
+        name = f"teacher {config.name} ({config.weights})"
+    return Subject(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))
+
+
+def measure_knn(subject: Subject, held_out: HeldOut, k: int, device: torch.device, stream: TextIO | None) -> KnnResult:
+    """Classify held-out samples by mean-pooled patch tokens, or by pixels.
+
+    Args:
+        subject: moved to the device.
+        held_out: both sides.
+        k: neighbours.
+        device: where the model runs.
+        stream: where to show progress.
+    """
+    model = None if subject.model is None else subject.model.to(device).eval()
+
+    def encode(images: Tensor) -> Tensor:
+        if model is None:
+            return raw_pixels(images)
+        tokens = model(images.to(device)).patch_tokens
+        assert tokens is not None
+        return pooled(tokens)
+
+    with Progress(f"k-NN, {subject.name}", held_out.num_train + held_out.num_val, "images", stream) as progress:
+        train = extract_features(encode, held_out.train, progress)
+        val = extract_features(encode, held_out.val, progress)
+    return knn_accuracy(*train, *val, k)
+
+
+def measure_attention(
+    subject: Subject, held_out: HeldOut, num_images: int, device: torch.device
+) -> AttentionCurves | None:
+    """Compute head distance and NMI of every layer over held-out images; None without attention.
+
+    Distances are in pixels of the view, whatever size a teacher is fed: teachers have their student's grid.
+
+    Args:
+        subject: moved to the device.
+        held_out: its held-out side is used.
+        num_images: how many.
+        device: where the model runs.
+    """
+    model = subject.model
+    if model is None:
+        return None
+    model.to(device).eval()
+    # Around the same blocks: features need no Q and K, attention needs no final norm.
+    encoder = ViTEncoder(model.encoder.model, relation_layers=range(model.depth), final=None, tokens="full").eval()
+
+    def encode(images: Tensor) -> ViTOutput:
+        return encoder(model.preprocess(images.to(device), weight_dtype(encoder.model)))
+
+    return attention_curves(
+        encode,
+        held_out.val,
+        num_images=num_images,
+        num_prefix_tokens=model.num_prefix_tokens,
+        grid_size=model.grid_size,
+        patch_size=held_out.img_size // model.grid_size,
+    )
+
+
+def measure(
+    subject: Subject, held_out: HeldOut, evaluation: EvaluationConfig, device: torch.device, stream: TextIO | None
+) -> Row:
+    """Fill one row of the summary; see `measure_knn` and `measure_attention`."""
+    knn = measure_knn(subject, held_out, evaluation.neighbors, device, stream)
+    curves = measure_attention(subject, held_out, evaluation.attention_images, device)
+    return Row(subject.name, subject.role, knn, curves, subject.images_per_second)

@@ -1,0 +1,129 @@
+"""The summary: one table over pixels, untrained student, teachers and students, and which students really differ."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hdscale.evaluation.knn import KnnResult
+    from hdscale.evaluation.subjects import Row
+
+LAST_LAYERS = 4
+"""Layers in the table; TensorBoard has all of them."""
+
+_NOTHING = "-"
+
+
+class Difference(NamedTuple):
+    """How much better one student is than another, in shares of held-out samples."""
+
+    first: str
+    second: str
+    accuracy: float  # first minus second
+    standard_error: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is at least twice its standard error."""
+        return self.accuracy != 0 and abs(self.accuracy) >= 2 * self.standard_error
+
+
+def student_differences(rows: Sequence[Row]) -> list[Difference]:
+    """Compare every two students; the errors are taken as independent, which overstates them on shared samples."""
+    students = [row for row in rows if row.role == "student"]
+    return [
+        Difference(
+            later.name,
+            earlier.name,
+            later.knn.accuracy - earlier.knn.accuracy,
+            math.hypot(later.knn.standard_error, earlier.knn.standard_error),
+        )
+        for earlier, later in itertools.combinations(students, 2)
+    ]
+
+
+def render_knn(result: KnnResult, neighbors: int, num_train: int) -> str:
+    """Return one k-NN result as a line of text."""
+    return (
+        f"k-NN accuracy {_percent(result)} % (k = {neighbors}, {result.num} held-out samples, "
+        f"{num_train} training samples)"
+    )
+
+
+def render_summary(rows: Sequence[Row], *, neighbors: int) -> str:
+    """Return the table and the comparison of students as plain text."""
+    depth = min((LAST_LAYERS, *(len(row.curves.nmi) for row in rows if row.curves is not None)))
+    header = (
+        "model",
+        "k-NN %",
+        f"head distance px, last {depth} layers",
+        f"NMI, last {depth} layers",
+        "images/s",
+    )
+    table = [header, *(_cells(row, depth) for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines += ["", f"k-NN: k = {neighbors}, {rows[0].knn.num} held-out samples, accuracy +- its standard error"]
+    lines += [_sentence(difference) for difference in student_differences(rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the same, and the curves of all layers, as JSON-able values; accuracies are shares."""
+    return {
+        "rows": [
+            {
+                "name": row.name,
+                "role": row.role,
+                "knn": row.knn._asdict(),
+                "head_distance": None if row.curves is None else list(row.curves.head_distance),
+                "nmi": None if row.curves is None else list(row.curves.nmi),
+                "images_per_second": row.images_per_second,
+            }
+            for row in rows
+        ],
+        "differences": [{**d._asdict(), "is_clear": d.is_clear} for d in student_differences(rows)],
+    }
+
+
+def curve_scalars(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """Return TensorBoard tags and values, one dict a layer: charts over layers, not over steps."""
+    layers: list[dict[str, float]] = []
+    for row in rows:
+        if row.curves is None:
+            continue
+        place = row.name.replace(" ", "_")
+        layers += [{} for _ in range(len(layers), len(row.curves.nmi))]
+        for scalars, distance, nmi in zip(layers, row.curves.head_distance, row.curves.nmi, strict=False):
+            scalars[f"head_distance_by_layer/{place}"] = distance
+            scalars[f"nmi_by_layer/{place}"] = nmi
+    return layers
+
+
+def _cells(row: Row, depth: int) -> tuple[str, ...]:
+    distances = nmis = _NOTHING
+    if row.curves is not None:
+        distances = " ".join(f"{value:5.1f}" for value in row.curves.head_distance[-depth:])
+        nmis = " ".join(f"{value:.2f}" for value in row.curves.nmi[-depth:])
+    rate = _NOTHING if row.images_per_second is None else f"{row.images_per_second:.0f}"
+    return row.name, _percent(row.knn), distances, nmis, rate
+
+
+def _percent(result: KnnResult) -> str:
+    return f"{100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f}"
+
+
+def _sentence(difference: Difference) -> str:
+    text = (
+        f"{difference.first} against {difference.second}: {100 * difference.accuracy:+.1f} points, "
+        f"standard error {100 * difference.standard_error:.1f}"
+    )
+    return text if difference.is_clear else f"{text}: no difference"

@@ -1,0 +1,64 @@
+"""A trained student as a file that timm loads, and that can be somebody's teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hdscale.distiller import load_student
+from hdscale.errors import UserError
+from hdscale.student.build import STATE_PREFIX, student_arch
+from hdscale.teachers.files import save_teacher_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from hdscale.config.recipe import StudentConfig
+
+
+def export_student(
+    weights: Mapping[str, Tensor], config: StudentConfig, img_size: int, output: Path, *, kind: str = "student"
+) -> dict[str, Any]:
+    """Write the ViT of a checkpoint, without heads and decoders, in float32.
+
+    `timm.create_model(**arch).load_state_dict(load_file(output), strict=True)` takes the file; mean, deviation and arch
+    are in its metadata.
+
+    Args:
+        weights: parameters and buffers of a `Distiller`, `MaskedAutoencoder` or `SupervisedClassifier`.
+        config: the recipe's `student` section.
+        img_size: the recipe's `data.img_size`.
+        output: ends in .safetensors.
+        kind: how it was trained: student, mae, supervised.
+
+    Returns:
+        The arguments of `timm.create_model`.
+
+    Raises:
+        UserError: the weights are of another architecture, or the file cannot be written.
+    """
+    student = load_student(config, img_size, weights)
+    arch = student_arch(config, img_size)
+    state = {name.removeprefix(STATE_PREFIX): tensor.float() for name, tensor in student.state_dict().items()}
+    try:
+        save_teacher_file(output, state, arch, config.mean, config.std, kind=kind)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
+    return arch
+
+
+def loading_code(arch: Mapping[str, Any], output: Path, config: StudentConfig) -> str:
+    """Return the Python lines that load an exported file, ready to paste."""
+    sizes = "".join(f", {name}={value!r}" for name, value in arch.items() if name != "model_name")
+    return "\n".join(
+        [
+            "import timm",
+            "from safetensors.torch import load_file",
+            "",
+            f"model = timm.create_model({arch['model_name']!r}{sizes})",
+            f"model.load_state_dict(load_file({str(output)!r}), strict=True)",
+            f"# images in [0, 1], less mean {config.mean}, over deviation {config.std}",
+        ]
+    )

@@ -1,0 +1,81 @@
+"""Measure what runs have learned, on held-out samples.
+
+python launch/evaluate.py knn --run runs/NAME
+python launch/evaluate.py summary --run runs/A --run runs/B [--output summary.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from hdscale.cli import EXIT_DONE, run
+from hdscale.config.loading import load_run_recipe
+from hdscale.engine.checkpoint import require_checkpoint
+from hdscale.engine.metrics import read_metrics, write_scalars
+from hdscale.errors import UserError
+from hdscale.evaluation.held_out import open_held_out
+from hdscale.evaluation.runs import TrainedRun, student_name, student_subject, summary_subjects
+from hdscale.evaluation.subjects import measure, measure_knn
+from hdscale.evaluation.summary import curve_scalars, render_knn, render_summary, summary_json
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=str(__doc__).splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    knn = commands.add_parser("knn", help="k-NN accuracy of one run's student")
+    knn.add_argument("--run", type=Path, required=True, help="folder of a run")
+    summary = commands.add_parser("summary", help="table of pixels, untrained student, teachers and students")
+    summary.add_argument("--run", type=Path, required=True, action="append", help="folder of a run; may be repeated")
+    summary.add_argument("--output", type=Path, help="JSON file to write, with the curves of all layers")
+    for command in (knn, summary):
+        command.add_argument("--train-samples", type=int, help="neighbours: the first so many training samples")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.command == "knn":
+        print(_knn(_read(options.run), options.train_samples, device))
+    else:
+        print(_summary([_read(folder) for folder in options.run], options.train_samples, options.output, device))
+    return EXIT_DONE
+
+
+def _read(folder: Path) -> TrainedRun:
+    recipe, checkpoint = load_run_recipe(folder), require_checkpoint(folder)
+    rates = [line["images_per_second"] for line in read_metrics(folder)]
+    rate = statistics.median(rates) if rates else None
+    return TrainedRun(folder, recipe, checkpoint.module_state(), checkpoint.step, rate)
+
+
+def _knn(trained: TrainedRun, train_samples: int | None, device: torch.device) -> str:
+    evaluation = trained.recipe.evaluation
+    held_out = open_held_out(trained.recipe.data, evaluation, train_samples=train_samples)
+    result = measure_knn(student_subject(trained), held_out, evaluation.neighbors, device, sys.stderr)
+    return f"{trained.folder} at step {trained.step}: {render_knn(result, evaluation.neighbors, held_out.num_train)}"
+
+
+def _summary(runs: list[TrainedRun], train_samples: int | None, output: Path | None, device: torch.device) -> str:
+    first = runs[0].recipe
+    subjects = summary_subjects(runs)
+    held_out = open_held_out(first.data, first.evaluation, train_samples=train_samples)
+    rows = [measure(subject, held_out, first.evaluation, device, sys.stderr) for subject in subjects]
+    for trained in runs:
+        others = {student_name(run) for run in runs if run is not trained}
+        for layer, scalars in enumerate(curve_scalars([row for row in rows if row.name not in others])):
+            write_scalars(trained.folder, layer, scalars)
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(summary_json(rows), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
+    return render_summary(rows, neighbors=first.evaluation.neighbors)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,50 @@
+"""Write a run's student as safetensors that timm loads.
+
+python launch/export.py --run runs/NAME --output student.safetensors [--step N]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hdscale.cli import EXIT_DONE, run
+from hdscale.config.loading import load_run_recipe
+from hdscale.engine.checkpoint import (
+    CHECKPOINT_FOLDER,
+    Checkpoint,
+    CorruptCheckpointError,
+    open_checkpoint,
+    require_checkpoint,
+)
+from hdscale.errors import UserError
+from hdscale.export import export_student, loading_code
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(prog="export.py", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, NAME.safetensors")
+    parser.add_argument("--step", type=int, help="checkpoint to take; left out: the newest")
+    options = parser.parse_args(argv)
+    recipe = load_run_recipe(options.run)
+    checkpoint = require_checkpoint(options.run) if options.step is None else _checkpoint_at(options.run, options.step)
+    kind = checkpoint.state["fingerprints"].get("method", "student")
+    arch = export_student(checkpoint.module_state(), recipe.student, recipe.data.img_size, options.output, kind=kind)
+    print(f"{options.output}: {kind} of {options.run} at step {checkpoint.step}\n")
+    print(loading_code(arch, options.output, recipe.student))
+    return EXIT_DONE
+
+
+def _checkpoint_at(run_folder: Path, step: int) -> Checkpoint:
+    root = run_folder / CHECKPOINT_FOLDER
+    try:
+        return open_checkpoint(root / f"step-{step:09d}")
+    except CorruptCheckpointError as error:
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(root.glob("step-*")))
+        raise UserError(f"--step {step}: {error}; {root} has the steps {steps or 'none'}") from error
+
+
+if __name__ == "__main__":
+    run(main)

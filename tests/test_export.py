@@ -1,0 +1,105 @@
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from hdscale.config.recipe import LossConfig, PretrainConfig, RelationConfig, StudentConfig, TeacherConfig
+from hdscale.distiller import build_distiller
+from hdscale.errors import UserError
+from hdscale.export import export_student, loading_code
+from hdscale.pretraining import MaskedAutoencoder
+from hdscale.student.build import build_student
+from hdscale.teachers.build import build_teacher
+
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
+STUDENTS = {
+    "plain": StudentConfig(model="vit_tiny_patch16_224", mlp_ratio=2.0, drop_path=0.3, **SIZES),
+    "registers": StudentConfig(model="vit_small_patch14_reg4_dinov2", drop_path=0.0, **SIZES),
+}
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def trained(config, images):
+    """A distiller whose weights are no longer the initial ones."""
+    distiller = build_distiller(
+        config,
+        RelationConfig(),
+        LossConfig(),
+        img_size=32,
+        seed=0,
+        feature_dim=24,
+        relation_heads=4,
+        teacher_has_cls=True,
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in distiller.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return distiller.eval()
+
+
+def normalized(images, config):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    return (images / 255 - mean) / std
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_timm_takes_an_exported_student_strictly_and_gives_the_same_features(name, images, tmp_path):
+    config = STUDENTS[name]
+    distiller = trained(config, images)
+    arch = export_student(distiller.state_dict(), config, 32, tmp_path / "student.safetensors")
+    model = timm.create_model(**arch).eval()
+    model.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
+    with torch.no_grad():
+        theirs = model.forward_features(normalized(images, config))[:, model.num_prefix_tokens :]
+        ours = distiller.student(images).patch_tokens
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_student_is_a_teacher(images, tmp_path):
+    config = STUDENTS["plain"]
+    distiller = trained(config, images)
+    path = tmp_path / "new" / "student.safetensors"
+    export_student(distiller.state_dict(), config, 32, path)
+    teacher = build_teacher(TeacherConfig(source="file", weights=str(path)))
+    with torch.no_grad():
+        ours = distiller.student(images).patch_tokens
+    torch.testing.assert_close(teacher(images).patch_tokens, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pretrained_encoder_is_exported_without_its_decoder(tmp_path):
+    config = STUDENTS["plain"]
+    pretrain = PretrainConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    module = MaskedAutoencoder(build_student(config, 32, seed=0), pretrain, seed=0)
+    arch = export_student(module.state_dict(), config, 32, tmp_path / "mae.safetensors", kind="mae")
+    assert load_file(tmp_path / "mae.safetensors").keys() == timm.create_model(**arch).state_dict().keys()
+
+
+def test_half_precision_weights_are_written_in_float32(images, tmp_path):
+    config = STUDENTS["plain"]
+    weights = {name: tensor.half() for name, tensor in trained(config, images).state_dict().items()}
+    export_student(weights, config, 32, tmp_path / "student.safetensors")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "student.safetensors").values()} == {torch.float32}
+
+
+def test_the_printed_code_loads_the_file(images, tmp_path):
+    config = STUDENTS["plain"]
+    distiller = trained(config, images)
+    path = tmp_path / "student.safetensors"
+    arch = export_student(distiller.state_dict(), config, 32, path)
+    names = {}
+    exec(loading_code(arch, path, config), names)
+    ours = distiller.student.encoder.model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in names["model"].state_dict().items())
+
+
+def test_an_output_that_cannot_be_written_is_refused(images, tmp_path):
+    config = STUDENTS["plain"]
+    (tmp_path / "file").write_text("")
+    weights = trained(config, images).state_dict()
+    with pytest.raises(UserError, match=r"student\.safetensors cannot be written .*--output"):
+        export_student(weights, config, 32, tmp_path / "file" / "student.safetensors")
