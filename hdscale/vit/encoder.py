@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Final = Literal["norm", "pre_norm", "projected"]
 
-# The recomputed pass must run the same modules, which it does; the default check compares shapes of saved tensors, and
-# ZeRO-3 has emptied the parameters among them by then.
+# Without the check that both passes save tensors of the same shapes: ZeRO-3 may have a parameter gathered in one and
+# emptied in the other pass. Results are equal all the same: random states are kept and the same modules run.
 recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
 
 
@@ -116,17 +116,17 @@ class ViTEncoder(nn.Module):
 
     def _run_block(self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """Return the block's tokens and, for a relation layer, Q and K of the wanted rows."""
-        function = _tapped if index in self.relation_layers else _plain
+        function = partial(_tapped, block) if index in self.relation_layers else block
         if isinstance(block, KeptQueryBlock):
-            x, *taken = function(block, x, rows)
+            x, *taken = _as_tuple(function(x, rows))
             if taken and rows is not None:
                 taken[1] = take_rows(taken[1], rows)  # its queries are of the wanted rows already
             return x, *taken
         every = self.checkpoint_every
         if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
-            x, *taken = self.checkpoint_fn(partial(function, block), x)
+            x, *taken = _as_tuple(self.checkpoint_fn(function, x))
         else:
-            x, *taken = function(block, x)
+            x, *taken = _as_tuple(function(x))
         return x, *(tensor if rows is None else take_rows(tensor, rows) for tensor in taken)
 
     def _finish(self, x: Tensor, rows: Tensor | None) -> Tensor:
@@ -178,8 +178,8 @@ def _check_attention(block: nn.Module) -> None:
         )
 
 
-def _plain(block: nn.Module, *args: Tensor | None) -> tuple[Tensor]:
-    return (block(*args),)
+def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else output
 
 
 def _tapped(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
