@@ -38,22 +38,32 @@ class Ranks(NamedTuple):
 
 @contextlib.contextmanager
 def distributed() -> Iterator[Ranks]:
-    """Join the process group that the launcher described, or make one of this process alone; leave it at the end."""
+    """Join the process group that the launcher described, or make one of this process alone; leave it at the end.
+
+    Inside another such block, this is the same group, and the outer block leaves it.
+    """
+    if dist.is_initialized():
+        yield _this_process()
+        return
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_RENDEZVOUS_TIMEOUT, verbose=False)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        yield _this_process()
     finally:
         dist.destroy_process_group()
+
+
+def _this_process() -> Ranks:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
