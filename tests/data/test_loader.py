@@ -1,0 +1,182 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from hdscale.data.decode import decode_rgb, eval_view, train_view
+from hdscale.data.index import open_shards
+from hdscale.data.loader import EVAL_VIEW, SequentialLoader, TrainLoader, accumulation_steps, view_fingerprint
+from hdscale.data.order import build_order
+from hdscale.data.views import view_parameters
+from hdscale.errors import UserError
+
+SEED = 11
+
+
+@pytest.fixture
+def train_loader(digits, view_config):
+    """Build the loader of one rank; keyword arguments replace the defaults."""
+
+    def build(*, config=None, **changes):
+        config = config or view_config
+        sizes = {"global_batch_size": 64, "micro_batch_size": 16, "rank": 0, "world_size": 1}
+        arguments = sizes | {"start_step": 0, "num_steps": 4} | changes
+        return TrainLoader(digits, build_order(digits.index, config, SEED), config, SEED, **arguments)
+
+    return build
+
+
+def joined(loader):
+    """All batches of a loader as one, keep_indices left out."""
+    batches = list(loader)
+    return [torch.cat([batch[field] for batch in batches]) for field in range(5)]
+
+
+def global_batches(train_loader, world_size, **changes):
+    """Sample ids of each step over all ranks, sorted: (steps, global batch)."""
+    ranks = [joined(train_loader(rank=rank, world_size=world_size, **changes))[2] for rank in range(world_size)]
+    steps = [ids.view(changes["num_steps"], -1) for ids in ranks]
+    return torch.cat(steps, dim=1).sort(dim=1).values
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (3, 2)])
+def test_every_sample_comes_exactly_once_an_epoch(train_loader, digits, view_config, world_size, workers):
+    config = view_config.model_copy(update={"workers": workers})
+    steps = 2 * digits.num_samples // 48  # two epochs, without the last incomplete batch
+    sizes = {"global_batch_size": 48, "micro_batch_size": 8, "num_steps": steps, "config": config}
+    ranks = [joined(train_loader(rank=rank, world_size=world_size, **sizes)) for rank in range(world_size)]
+    ids, epochs = (torch.cat([rank[field] for rank in ranks]).numpy() for field in (2, 4))
+    assert np.array_equal(np.sort(ids[epochs == 0]), np.arange(digits.num_samples))
+    second = ids[epochs == 1]
+    assert len(np.unique(second)) == len(second) == steps * 48 - digits.num_samples
+    assert set(epochs) == {0, 1}
+
+
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(train_loader):
+    sizes = {"global_batch_size": 48, "micro_batch_size": 4, "num_steps": 40}
+    one, two, three = (global_batches(train_loader, world_size, **sizes) for world_size in (1, 2, 3))
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
+def test_workers_change_nothing(train_loader, view_config):
+    several = train_loader(config=view_config.model_copy(update={"workers": 2}))
+    for left, right in zip(joined(train_loader()), joined(several), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_resumed_loader_continues_where_the_other_would_have_gone(train_loader, view_config):
+    config = view_config.model_copy(update={"views": 2})
+    whole = joined(train_loader(config=config, num_steps=62, micro_batch_size=32))  # more than two epochs
+    resumed = joined(train_loader(config=config, start_step=23, num_steps=39, micro_batch_size=32))
+    for left, right in zip(whole, resumed, strict=True):
+        assert torch.equal(left[23 * 64 :], right)
+
+
+def test_a_batch_holds_what_its_ids_and_views_say(train_loader, digits, view_config):
+    batches = list(train_loader(start_step=27, num_steps=2))  # straddles the first two epochs
+    assert len(batches) == len(train_loader(start_step=27, num_steps=2)) == 8
+    assert {int(epoch) for batch in batches for epoch in batch.epochs} == {0, 1}
+    for batch in batches:
+        assert batch.images.shape == (16, 3, 8, 8)
+        assert batch.images.dtype == torch.uint8
+        assert batch.keep_indices is None
+        assert torch.equal(batch.views, batch.epochs)
+        for image, label, sample_id, view in zip(*batch[:4], strict=True):
+            assert label == digits.index["label"][sample_id]
+            box = view_parameters(SEED, int(view), int(sample_id), 8, 8)
+            expected = train_view(decode_rgb(digits.read(int(sample_id))), box, view_config.img_size)
+            assert torch.equal(image, expected)
+
+
+def test_views_repeat_after_their_number_of_epochs(train_loader, view_config):
+    config = view_config.model_copy(update={"views": 2})
+    # three epochs of 1797 positions: the third shows view 0 again
+    loader = train_loader(config=config, num_steps=3, global_batch_size=1797, micro_batch_size=599)
+    images, _, ids, views, epochs = joined(loader)
+    assert torch.equal(views, epochs % 2)
+    by_epoch = [images[epochs == epoch][ids[epochs == epoch].argsort()] for epoch in range(3)]
+    assert torch.equal(by_epoch[0], by_epoch[2])
+    assert not torch.equal(by_epoch[0], by_epoch[1])
+
+
+def test_kept_tokens_come_with_their_samples(train_loader):
+    def keep_indices(sample_ids, views):
+        return np.stack([sample_ids, sample_ids + views + 1], axis=1)
+
+    for batch in train_loader(start_step=27, num_steps=2, keep_indices=keep_indices):
+        assert batch.keep_indices.dtype == torch.int64
+        assert torch.equal(batch.keep_indices[:, 0], batch.sample_ids)
+        assert torch.equal(batch.keep_indices[:, 1], batch.sample_ids + batch.views + 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sequential_loader_shows_the_views_that_training_shows(train_loader, digits, view_config, workers):
+    for batch in train_loader(start_step=28, num_steps=1):
+        ids = batch.sample_ids[batch.views == 1]
+        loader = SequentialLoader(digits, view_config, SEED, sample_ids=ids, view=1, batch_size=5, workers=workers)
+        images, labels, sample_ids, views, _ = joined(loader)
+        assert torch.equal(images, batch.images[batch.views == 1])
+        assert torch.equal(labels, batch.labels[batch.views == 1])
+        assert torch.equal(sample_ids, ids)
+        assert views.tolist() == [1] * len(ids)
+
+
+def test_sequential_loader_without_a_view_shows_whole_pictures(digits, view_config):
+    loader = SequentialLoader(digits, view_config, SEED, sample_ids=range(3, 10), view=None, batch_size=4)
+    batches = list(loader)
+    assert [len(batch.images) for batch in batches] == [4, 3]
+    assert len(loader) == 2
+    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == list(range(3, 10))
+    assert batches[0].views.tolist() == [EVAL_VIEW] * 4
+    assert torch.equal(batches[1].images[0], eval_view(decode_rgb(digits.read(7)), 8))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_ends_the_run_with_one_line(digit_folder, digits, view_config, tmp_path, workers):
+    folder = shutil.copytree(digit_folder, tmp_path / "shards")
+    with (folder / "train-000000.tar").open("r+b") as file:
+        file.seek(int(digits.index[2]["offset"]) + 40)
+        file.write(b"damage")
+    shards = open_shards(folder, "train")
+    loader = SequentialLoader(shards, view_config, 0, sample_ids=range(4), view=0, batch_size=2, workers=workers)
+    batches = iter(loader)
+    assert next(batches).sample_ids.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"train-000000.tar: digit-\S+ \(sample 2\) is damaged") as caught:
+        next(batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_that_cannot_be_decoded_is_named(digits, view_config, monkeypatch):
+    monkeypatch.setattr(type(digits), "read", lambda self, sample_id: b"no picture")
+    loader = SequentialLoader(digits, view_config, 0, sample_ids=[17], view=0, batch_size=1)
+    with pytest.raises(UserError, match=r"train-000000.tar: digit-\S+ \(sample 17\) is none of JPEG"):
+        next(iter(loader))
+
+
+def test_batch_sizes_that_do_not_divide_are_refused():
+    assert accumulation_steps(96, 16, 3) == 2
+    with pytest.raises(UserError, match=r"optim.global_batch_size .* optim.micro_batch_size x ranks .* = 48, got 64"):
+        accumulation_steps(64, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"img_size": 9}, {"crop_scale": (0.3, 1.0)}, {"crop_ratio": (0.5, 2.0)}, {"hflip": 0.4}]
+)
+def test_the_views_fingerprint_names_what_decides_pixels(view_config, change):
+    before = view_fingerprint(view_config, SEED)
+    after = view_fingerprint(view_config.model_copy(update=change), SEED)
+    assert {name for name in before if before[name] != after[name]} == set(change)
+    assert before["seed"] == SEED
+
+
+@pytest.mark.parametrize("change", [{"views": 2}, {"workers": 3}, {"order": "global"}, {"window_shards": 9}])
+def test_the_views_fingerprint_leaves_out_what_decides_none(view_config, change):
+    assert view_fingerprint(view_config.model_copy(update=change), 0) == view_fingerprint(view_config, 0)
+
+
+def test_the_loader_leaves_the_global_random_state_alone(train_loader):
+    before = torch.random.get_rng_state()
+    list(train_loader(num_steps=1))
+    assert torch.equal(torch.random.get_rng_state(), before)
