@@ -105,6 +105,18 @@ def student_arch(config: StudentConfig, img_size: int) -> dict[str, Any]:
     return arch
 
 
+def student_grid_size(config: StudentConfig, img_size: int) -> int:
+    """Return the patches along one side of a view, without building the student's weights.
+
+    Raises:
+        UserError: as `build_student`.
+    """
+    with torch.device("meta"):
+        model = create_vit("student.model", student_arch(config, img_size))
+    _check_sizes(model, img_size)
+    return int(model.patch_embed.grid_size[0])
+
+
 def _has_layer_scale(name: str) -> bool:
     if not timm.is_model(name):
         return False  # create_vit says so

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from hdscale.errors import UserError
+from hdscale.masking.progressive import stage_layers
 from hdscale.teachers.sources import load_source
 from hdscale.teachers.weights import weights_digest
 from hdscale.vit.build import num_heads, patch_size, weight_dtype
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
-    from hdscale.config.recipe import TeacherConfig
+    from hdscale.config.recipe import MaskConfig, TeacherConfig
     from hdscale.types import ViTOutput
 
 
@@ -74,8 +75,7 @@ def build_teacher(
     role: Literal["feature", "relation"] | None = None,
     grid_size: int | None = None,
     relation_layers: Sequence[int] = (),
-    stage_layers: Sequence[int] = (),
-    stage_at: Literal["output", "input"] = "output",
+    mask: MaskConfig | None = None,
     field: str = "feature_teacher",
 ) -> FrozenTeacher:
     """Build a frozen teacher in float32 on the CPU, pruned to what its role uses.
@@ -86,8 +86,7 @@ def build_teacher(
             nothing pruned.
         grid_size: the student's; None: the teacher's own at `config.img_size` or its native input size.
         relation_layers: blocks whose Q and K are given, 0-indexed, negative from the end.
-        stage_layers: blocks whose patch tokens are given.
-        stage_at: at these blocks' output or input.
+        mask: the recipe's section, to get the tokens by which the mask's strategy chooses; None: no such tokens.
         field: the section's name, for messages.
 
     Raises:
@@ -96,17 +95,36 @@ def build_teacher(
     model, mean, std = load_source(config, field)
     _set_input_size(model, config, grid_size, field)
     depth, digest = len(model.blocks), weights_digest(model.state_dict())
+    stages = MaskStages((), "output") if mask is None else mask_stages(mask, depth)
     encoder = ViTEncoder(
         model,
         relation_layers=relation_layers,
-        stage_layers=stage_layers,
-        stage_at=stage_at,
+        stage_layers=stages.layers,
+        stage_at=stages.at,
         final=None if role == "relation" else config.target,
         tokens="full",
         prune=role is not None,
     )
     img_size = int(model.patch_embed.img_size[0])
     return FrozenTeacher(encoder, Preprocess(img_size, mean, std), depth=depth, digest=digest)
+
+
+class MaskStages(NamedTuple):
+    """Between which blocks of the relation teacher tokens are compared."""
+
+    layers: tuple[int, ...]
+    at: Literal["output", "input"]
+
+
+def mask_stages(mask: MaskConfig, depth: int) -> MaskStages:
+    """Return the blocks of a relation teacher of this depth at which a mask's strategy looks.
+
+    Raises:
+        UserError: `mask.layers` are not blocks of that teacher.
+    """
+    if mask.strategy == "progressive":
+        return MaskStages(stage_layers(depth, mask.layers), mask.at)
+    return MaskStages((depth - 1,) if mask.strategy == "direct" else (), "output")
 
 
 def _set_input_size(model: VisionTransformer, config: TeacherConfig, grid_size: int | None, field: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from hdscale.losses import token_relation
 from hdscale.masking.counts import num_kept
-from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices, stage_layers
+from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.types import Targets
 from hdscale.vit.tokens import take_rows, token_rows
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import MaskConfig, RelationConfig
     from hdscale.types import Batch, ViTOutput
-
-
-class MaskStages(NamedTuple):
-    """Where the relation teacher's tokens are compared, as `build_teacher` wants to know it."""
-
-    layers: tuple[int, ...]
-    at: str
 
 
 class TeacherPair:
@@ -50,7 +43,7 @@ class TeacherPair:
 
         Args:
             feature: `f(images, keep_indices)`: a `FrozenTeacher` or an engine around one; None: no feature term.
-            relation: the same; None: no relation term. With online masks, its stage tokens are `mask_stages`.
+            relation: the same; None: no relation term. With online masks, it was built with their section.
             relation_config: how Q and K become relations.
             mask_config: which patches are kept.
             seed: of random masks.
@@ -126,17 +119,6 @@ class TeacherPair:
 def masks_are_online(mask: MaskConfig) -> bool:
     """Tell whether the relation teacher chooses tokens in the step."""
     return mask.strategy in ("direct", "progressive") and mask.source == "online"
-
-
-def mask_stages(mask: MaskConfig, depth: int) -> MaskStages:
-    """Return the blocks of a relation teacher of this depth at which masks look.
-
-    Raises:
-        UserError: `mask.layers` are not blocks of that teacher.
-    """
-    if mask.strategy == "progressive":
-        return MaskStages(stage_layers(depth, mask.layers), mask.at)
-    return MaskStages((depth - 1,) if mask.strategy == "direct" else (), "output")
 
 
 def online_keep_indices(relation: Callable[..., ViTOutput], images: Tensor, mask: MaskConfig) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hdscale.errors import UserError
@@ -65,10 +66,10 @@ def _from_open_clip(config: TeacherConfig, field: str) -> Source:
     tower = _tower_config(config.name, field)
     about: Any = open_clip.pretrained.get_pretrained_cfg(config.name, config.weights)
     default: Any = open_clip.constants
+    path = None if config.weights == "random" else _open_clip_path(config, field, about)
     arch = _tower_arch(tower, projected=config.target == "projected", quick_gelu=about.get("quick_gelu", False))
     model = create_vit(f"{field}.name", arch, seed=_RANDOM_SEED)
-    if config.weights != "random":
-        path = _download(config, field, about) if about else config.weights
+    if path is not None:
         fit_state(model, read_state(path, f"{field}.weights"), source=f"{field}.weights: {path}")
     mean = about.get("mean", default.OPENAI_DATASET_MEAN)
     return Source(model, tuple(mean), tuple(about.get("std", default.OPENAI_DATASET_STD)))
@@ -126,9 +127,18 @@ def _tower_arch(config: dict[str, Any], *, projected: bool, quick_gelu: bool) ->
     return arch
 
 
-def _download(config: TeacherConfig, field: str, about: dict[str, Any]) -> str:
+def _open_clip_path(config: TeacherConfig, field: str, about: dict[str, Any]) -> str:
+    """Return the file of weights, downloaded by open_clip where `weights` is a tag of the model."""
     import open_clip
 
+    if not about:
+        if not Path(config.weights).is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "it has none"
+            raise UserError(
+                f"{field}.weights must be random, a file, or a tag of open_clip's {config.name} ({tags}), "
+                f"got {config.weights}"
+            )
+        return config.weights
     try:
         return open_clip.pretrained.download_pretrained(about)
     except OSError as error:

@@ -1,0 +1,272 @@
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hdscale.errors import UserError
+from hdscale.vit.encoder import ViTEncoder, resolve_layers
+from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
+KINDS = {
+    "mae or deit": ("vit_small_patch16_224", {}),
+    "two prefix tokens": ("deit_tiny_distilled_patch16_224", {}),
+    "layer scale": ("vit_small_patch14_dinov2", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "norm before, quick-GELU": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "no class token": ("vit_medium_patch16_gap_240", {}),
+    "q and k norm": ("vit_small_patch16_224", {"qk_norm": True}),
+    "no biases": ("vit_small_patch16_224", {"qkv_bias": False}),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+KEEP = torch.tensor([[0, 3, 5, 15], [1, 2, 9, 10], [4, 5, 6, 7]])
+
+
+def model_of(kind: str, **changes):
+    name, more = KINDS[kind]
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SIZES, **more, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # timm's initial layer scales and class tokens would hide mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
+    return ours.shape == reference.shape and bool((ours - reference).norm() <= 1e-5 * reference.norm())
+
+
+def rows_of(tensor: torch.Tensor, keep: torch.Tensor, num_prefix: int, dim: int) -> torch.Tensor:
+    """Pick prefix and kept tokens image by image, without gather."""
+    picked = []
+    for one, indices in zip(tensor, keep, strict=True):
+        rows = list(range(num_prefix)) + [num_prefix + int(index) for index in indices]
+        picked.append(one.index_select(dim - 1, torch.tensor(rows)))
+    return torch.stack(picked)
+
+
+def reference_qk(model: nn.Module, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and K from what goes into a layer's fused linear, written out."""
+    seen = []
+    attn = model.blocks[layer].attn
+    handle = attn.qkv.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    model.forward_features(x)
+    handle.remove()
+    (tokens,) = seen
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    flat = tokens @ weight.T + (0 if bias is None else bias)
+    batch, length, _ = tokens.shape
+    query, key, _ = (part.reshape(batch, length, 3, 16).transpose(1, 2) for part in flat.split(48, dim=-1))
+    return attn.q_norm(query), attn.k_norm(key)
+
+
+@every_kind
+def test_final_tokens_equal_those_of_timm(kind):
+    model = model_of(kind)
+    with torch.no_grad():
+        reference = model.forward_features(images())[:, model.num_prefix_tokens :]
+        assert close(ViTEncoder(model)(images()).patch_tokens, reference)
+
+
+def test_a_final_norm_that_timm_moved_behind_the_pooling_is_applied_to_every_token():
+    model = model_of("mae or deit", global_pool="avg")
+    with torch.no_grad():
+        reference = model.fc_norm(model.forward_features(images())[:, 1:])
+        assert isinstance(model.fc_norm, nn.LayerNorm)
+        assert close(ViTEncoder(model)(images()).patch_tokens, reference)
+
+
+def test_pre_norm_and_projected_tokens_stand_before_the_norm_and_behind_the_head():
+    model = model_of("norm before, quick-GELU", num_classes=20)
+    with torch.no_grad():
+        x = images()
+        normed = model.forward_features(x)
+        before = ViTEncoder(model, final="pre_norm")(x).patch_tokens
+        assert close(model.norm(before), normed[:, 1:])
+        assert not close(before, normed[:, 1:])
+        assert close(ViTEncoder(model, final="projected")(x).patch_tokens, model.head(normed)[:, 1:])
+        assert ViTEncoder(model, final=None)(x).patch_tokens is None
+
+
+@every_kind
+def test_queries_and_keys_equal_those_of_the_fused_linear(kind):
+    model = model_of(kind)
+    with torch.no_grad():
+        output = ViTEncoder(model, relation_layers=(-1, 1))(images())
+        for query, key, layer in zip(output.queries, output.keys, (3, 1), strict=True):
+            reference = reference_qk(model, layer, images())
+            assert close(query, reference[0])
+            assert close(key, reference[1])
+
+
+@every_kind
+def test_a_student_on_kept_tokens_equals_a_full_forward_that_cannot_look_at_the_others(kind):
+    model = model_of(kind)
+    num_prefix = model.num_prefix_tokens
+    hidden = torch.full((3, 1, num_prefix + 16, num_prefix + 16), float("-inf"))
+    for image, indices in enumerate(KEEP):
+        hidden[image, :, :, num_prefix + indices] = 0
+        hidden[image, :, :, :num_prefix] = 0
+    with torch.no_grad():
+        output = ViTEncoder(model, relation_layers=(2,))(images(), KEEP)
+        reference = model.forward_features(images(), attn_mask=hidden)
+    assert close(output.patch_tokens, rows_of(reference, KEEP, num_prefix, 1)[:, num_prefix:])
+    assert output.queries[0].shape == (3, 3, num_prefix + 4, 16)
+
+
+def test_every_block_of_a_student_runs_on_prefix_and_kept_tokens_only():
+    model = model_of("registers")
+    lengths = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, args, _output: lengths.append(args[0].shape[1]))
+    ViTEncoder(model)(images(), KEEP)
+    assert lengths == [5 + 4] * 4
+
+
+@every_kind
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_teacher_sees_everything_and_gives_the_kept(kind, prune):
+    model = model_of(kind)
+    num_prefix = model.num_prefix_tokens
+    with torch.no_grad():
+        whole = ViTEncoder(model, relation_layers=(-3, -1))(images())
+        teacher = ViTEncoder(model, relation_layers=(-3, -1), tokens="full", prune=prune)
+        assert isinstance(teacher.model.blocks[-1], KeptQueryBlock) == prune
+        kept, everything = teacher(images(), KEEP), teacher(images())
+    assert close(kept.patch_tokens, rows_of(whole.patch_tokens, KEEP, 0, 1))
+    assert close(everything.patch_tokens, whole.patch_tokens)
+    for name in ("queries", "keys"):
+        for ours, all_tokens, reference in zip(
+            getattr(kept, name), getattr(everything, name), getattr(whole, name), strict=True
+        ):
+            assert close(ours, rows_of(reference, KEEP, num_prefix, 2))
+            assert close(all_tokens, reference)
+
+
+@every_kind
+def test_a_pruned_relation_teacher_equals_the_whole_one(kind):
+    model = model_of(kind)
+    arguments = {"relation_layers": (-3, -2), "stage_layers": (0, 1), "final": None, "tokens": "full"}
+    with torch.no_grad():
+        whole = ViTEncoder(model, **arguments)(images(), KEEP)
+        teacher = ViTEncoder(model, **arguments, prune=True)
+        pruned = teacher(images(), KEEP)
+    assert isinstance(teacher.model.blocks[-1], QueryKeyBlock)
+    assert pruned.patch_tokens is None
+    for name in ("queries", "keys", "stage_tokens"):
+        for ours, reference in zip(getattr(pruned, name), getattr(whole, name), strict=True):
+            assert close(ours, reference)
+
+
+def test_a_pruned_relation_teacher_holds_no_parameter_that_is_not_used():
+    teacher = ViTEncoder(
+        model_of("mae or deit", num_classes=10), relation_layers=(-3, -2), final=None, tokens="full", prune=True
+    )
+    embedding = 48 + 17 * 48 + (3 * 64 * 48 + 48)
+    block = 12 * 48**2 + 13 * 48
+    norm_query_key = 2 * 48 + (48 * 2 * 48 + 2 * 48)
+    assert sum(p.numel() for p in teacher.parameters()) == embedding + 2 * block + norm_query_key
+    teacher.eval()(images(), KEEP).queries[1].sum().backward()  # keys of the last layer need the same weights
+    assert [name for name, p in teacher.named_parameters() if p.grad is None] == []
+
+
+def test_a_pruned_feature_teacher_holds_every_parameter_but_the_head():
+    whole = sum(p.numel() for p in model_of("mae or deit").parameters())
+    teacher = ViTEncoder(model_of("mae or deit", num_classes=10), tokens="full", prune=True)
+    assert sum(p.numel() for p in teacher.parameters()) == whole
+
+
+@pytest.mark.parametrize(("at", "last"), [("input", 2), ("output", 3)])
+def test_a_teacher_of_stages_alone_ends_at_the_last_stage(at, last):
+    model = model_of("mae or deit")
+    tokens = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, args, output: tokens.append(args[0] if at == "input" else output))
+    with torch.no_grad():
+        model.forward_features(images())
+        reference = [tokens[layer][:, 1:] for layer in (0, 2)]
+        teacher = ViTEncoder(model, stage_layers=(0, 2), stage_at=at, final=None, tokens="full", prune=True)
+        output = teacher(images(), KEEP)
+    assert len(teacher.model.blocks) == last
+    for ours, theirs in zip(output.stage_tokens, reference, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_blocks_give_the_same_losses_and_gradients_with_drop_path_and_taps(use_reentrant, every):
+    def gradients(**arguments):
+        model = model_of("mae or deit", drop_path_rate=0.5)
+        encoder = ViTEncoder(model, relation_layers=(1, 3), **arguments).train()
+        torch.manual_seed(5)
+        output = encoder(images(), KEEP)
+        relations = [q @ k.transpose(-1, -2) for q, k in zip(output.queries, output.keys, strict=True)]
+        loss = output.patch_tokens.square().mean() + sum(relation.square().mean() for relation in relations)
+        loss.backward()
+        return loss.detach(), {name: parameter.grad for name, parameter in encoder.named_parameters()}
+
+    loss, plain = gradients()
+    fn = None if use_reentrant is None else partial(checkpoint, use_reentrant=use_reentrant)
+    recomputed_loss, recomputed = gradients(checkpoint_every=every, checkpoint_fn=fn)
+    assert torch.equal(loss, recomputed_loss)
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def test_every_second_block_is_recomputed_in_training_only():
+    recomputed = []
+
+    def recording(function, x):
+        recomputed.append(function)
+        return checkpoint(function, x, use_reentrant=False)
+
+    encoder = ViTEncoder(model_of("mae or deit"), checkpoint_every=2, checkpoint_fn=recording)
+    encoder.train()(images())
+    assert recomputed == [encoder.model.blocks[1], encoder.model.blocks[3]]
+    encoder.eval()(images())
+    with torch.no_grad():
+        encoder.train()(images())
+    assert len(recomputed) == 2
+
+
+def test_a_checkpoint_function_may_hand_back_a_bare_tensor_as_that_of_deepspeed_does():
+    def unwrapping(function, x):
+        outputs = function(x)
+        return outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs
+
+    model = model_of("mae or deit")
+    plain = ViTEncoder(model).train()(images())
+    ours = ViTEncoder(model, checkpoint_every=1, checkpoint_fn=unwrapping).train()(images())
+    assert torch.equal(ours.patch_tokens, plain.patch_tokens)
+
+
+def test_nothing_keeps_queries_alive_after_the_output_is_gone():
+    encoder = ViTEncoder(model_of("mae or deit"), relation_layers=(1, 2), checkpoint_every=1).train()
+    output = encoder(images(), KEEP)
+    output.patch_tokens.sum().backward()
+    query = weakref.ref(output.queries[0])
+    del output
+    gc.collect()
+    assert query() is None
+    assert not encoder.model.blocks[1].attn.q_norm._forward_hooks
+
+
+def test_layers_a_model_does_not_have_are_refused():
+    assert resolve_layers((-3, 2), 4, "relation.layers") == (1, 2)
+    with pytest.raises(UserError, match=r"relation\.layers must be between -4 and 3 .* 4 blocks, got 4"):
+        ViTEncoder(model_of("mae or deit"), relation_layers=(4,))
+
+
+def test_attention_without_plain_queries_is_refused_by_name():
+    model = timm.create_model("vit_small_patch16_224", **SIZES, attn_layer="diff")
+    with pytest.raises(UserError, match=r"relation\.layers need .* got Block with DiffAttention"):
+        ViTEncoder(model, relation_layers=(1,))
