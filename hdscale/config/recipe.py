@@ -1,7 +1,7 @@
 """The recipe: every setting of a run, typed, documented and checked.
 
-Defaults are the paper's ViT-L on ImageNet-21K; where the paper leaves a detail open, the docstring says whose choice the
-default is.
+Defaults are the paper's ViT-L on ImageNet-21K; where the paper leaves a detail open, the docstring says whose choice
+the default is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of order, views, initial weights and drop-path."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on older GPUs (V100), fp32 on CPUs."""
+    """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on V100s, fp32 on CPUs."""
 
 
 class DataConfig(Section):
@@ -225,8 +225,6 @@ class LogConfig(Section):
 
     every_steps: int = Field(20, ge=1)
     """Optimizer steps between lines of metrics.jsonl; losses are means over them."""
-    attention_every_epochs: float = Field(0, ge=0)
-    """Epochs between head-distance and NMI curves of the student in TensorBoard; 0: at the end only."""
 
 
 class EvaluationConfig(Section):

@@ -53,7 +53,7 @@ class Run(NamedTuple):
     precision: str
     fingerprints: dict[str, str]
     checkpoint: Checkpoint | None
-    flops_per_image: float | None
+    flops_per_image: float | None = None  # of one training step, for the log's `mfu`
 
 
 def planned_world_size() -> int:
@@ -72,7 +72,6 @@ def plan_run(
     *,
     teacher_digests: Mapping[str, str],
     allow_change: Sequence[str],
-    flops_per_image: float | None = None,
 ) -> Run:
     """Check a run against its data and against what its folder already holds.
 
@@ -81,7 +80,6 @@ def plan_run(
         ds_config: checked file of `ds_configs/`.
         teacher_digests: sha256 of each teacher's weights, by recipe section.
         allow_change: fields and fingerprints that may differ from the run's earlier start.
-        flops_per_image: of one training step, for the log's `mfu`.
 
     Raises:
         UserError: whatever the person who started the run can mend.
@@ -104,9 +102,7 @@ def plan_run(
     if checkpoint is not None:
         _check_fingerprints(checkpoint, fingerprints, allow_change)
     completed = student_ds_config(ds_config, recipe.optim, accumulation=accumulation, precision=precision)
-    return Run(
-        recipe, completed, folder, shards, schedule, accumulation, precision, fingerprints, checkpoint, flops_per_image
-    )
+    return Run(recipe, completed, folder, shards, schedule, accumulation, precision, fingerprints, checkpoint)
 
 
 def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> DeepSpeedEngine:

@@ -12,9 +12,11 @@ from hdscale.engine.engines import build_teacher_engine, configure_checkpointing
 from hdscale.engine.ranks import distributed
 from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
+from hdscale.masking.progressive import expected_num_keep
 from hdscale.masking.store import MaskStore
+from hdscale.planning.flops import ViTSizes, hybrid_step_flops
 from hdscale.student.build import student_grid_size
-from hdscale.teachers.build import build_teacher
+from hdscale.teachers.build import build_teacher, mask_stages
 from hdscale.teachers.pair import TeacherPair, masks_are_online
 from hdscale.teachers.weights import weights_digest
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from hdscale.data.loader import KeepIndices
     from hdscale.engine.assembly import Run
     from hdscale.engine.ranks import Ranks
+    from hdscale.student.build import Student
     from hdscale.teachers.build import FrozenTeacher
     from hdscale.types import Batch, Targets
 
@@ -133,6 +136,7 @@ def start_session(
         teacher_has_cls=teachers.relation is not None and teachers.relation.has_cls,
         checkpoint_fn=configure_checkpointing(ds_config),
     )
+    run = run._replace(flops_per_image=_flops_per_image(recipe, distiller.student, teachers))
     with distributed() as ranks:
         # The student's engine first: a teacher's process groups must not become its own.
         engine = start_engine(run, distiller, ranks)
@@ -147,6 +151,27 @@ def start_session(
             cls_in_relation=distiller.cls_in_relation,
         )
         yield Session(run, ranks, engine, pair, hosted, None if store is None else store.keep_indices)
+
+
+def _flops_per_image(recipe: Recipe, student: Student, teachers: Teachers) -> int:
+    mask, patches = recipe.mask, student.grid_size**2
+    depth = teachers.relation.depth if teachers.relation is not None else 0
+    mask_blocks = 0
+    if masks_are_online(mask):
+        stages = mask_stages(mask, depth)
+        mask_blocks = stages.layers[-1] + (stages.at == "output")
+    return hybrid_step_flops(
+        _sizes(student),
+        None if teachers.feature is None else _sizes(teachers.feature),
+        None if teachers.relation is None else _sizes(teachers.relation),
+        expected_num_keep(mask, patches, depth),
+        recipe.relation.layers,
+        mask_blocks,
+    )
+
+
+def _sizes(model: Student | FrozenTeacher) -> ViTSizes:
+    return ViTSizes(model.depth, model.embed_dim, model.grid_size**2, model.patch_size, model.num_prefix_tokens)
 
 
 def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:

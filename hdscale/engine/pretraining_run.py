@@ -8,7 +8,7 @@ from hdscale.cli import EXIT_DONE
 from hdscale.engine.assembly import plan_run, start_engine, train_run
 from hdscale.engine.checkpoint import require_checkpoint
 from hdscale.engine.ranks import distributed
-from hdscale.export import export_encoder
+from hdscale.export import export_student
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
 from hdscale.student.build import build_student
 
@@ -48,7 +48,7 @@ def pretrain(
         code = train_run(run, engine, ranks, prepare, stream=stream)
         if code == EXIT_DONE and ranks.is_first:
             state = require_checkpoint(run.folder).module_state()
-            export_encoder(state, recipe, run.folder / ENCODER_FILE, prefix="encoder.", kind=method)
+            export_student(state, recipe.student, recipe.data.img_size, run.folder / ENCODER_FILE, kind=method)
     return code
 
 

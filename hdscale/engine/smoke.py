@@ -48,8 +48,8 @@ def smoke(
 ) -> int:
     """Run optimizer steps with micro-batch 1 and no accumulation; print time, FLOPs and peak memory.
 
-    Everything is the recipe's but the pictures (noise), the teachers' weights (random, of the real shapes), stored masks
-    (random, of the real size) and the batch. Nothing is left behind.
+    Everything is the recipe's but the pictures (noise), the teachers' weights (random, of the real shapes), stored
+    masks (random, of the real size) and the batch. Nothing is left behind.
 
     Returns:
         The exit code.
