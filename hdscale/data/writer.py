@@ -164,9 +164,7 @@ def _write_shards(tasks: list[_ShardTask], workers: int, progress: Callable[[int
         for task in missing:
             progress(_write_shard(task))
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(min(workers, max(1, len(missing))), context, _prepare_worker) as pool:
+    with ProcessPoolExecutor(min(workers, max(1, len(missing))), initializer=_prepare_worker) as pool:
         try:
             for future in as_completed([pool.submit(_write_shard, task) for task in missing]):
                 progress(future.result())
