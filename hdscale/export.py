@@ -39,9 +39,9 @@ def export_student(
     Raises:
         UserError: the weights are of another architecture, or the file cannot be written.
     """
-    student = load_student(config, img_size, weights)
+    student = load_student(config, img_size, weights)  # in float32, whatever the weights are
     arch = student_arch(config, img_size)
-    state = {name.removeprefix(STATE_PREFIX): tensor.float() for name, tensor in student.state_dict().items()}
+    state = {name.removeprefix(STATE_PREFIX): tensor for name, tensor in student.state_dict().items()}
     try:
         save_teacher_file(output, state, arch, config.mean, config.std, kind=kind)
     except OSError as error:

@@ -62,6 +62,13 @@ def test_of_equally_near_rows_the_first_ones_vote():
     assert knn_accuracy(train, labels, torch.tensor([[3.0, 0.0]]), torch.tensor([1]), 5).accuracy == 1.0
 
 
+def test_among_the_k_nearest_equally_near_ones_rank_by_row():
+    train = torch.tensor([[0.0, 1.0]]).repeat(100, 1)
+    train[[15, 32, 35, 45, 90]] = torch.tensor([1.0, 0.0])
+    labels = torch.arange(100)  # five neighbours, five classes: the first one's
+    assert knn_accuracy(train, labels, torch.tensor([[3.0, 0.0]]), torch.tensor([15]), 5).accuracy == 1.0
+
+
 def test_fewer_training_rows_than_neighbours_all_vote():
     train, labels = torch.eye(2), torch.tensor([0, 1])
     assert knn_accuracy(train, labels, torch.tensor([[1.0, 0.1]]), torch.tensor([0]), 5).accuracy == 1.0
