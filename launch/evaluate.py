@@ -17,7 +17,7 @@ import torch
 from hdscale.cli import EXIT_DONE, run
 from hdscale.config.loading import load_run_recipe
 from hdscale.engine.checkpoint import require_checkpoint
-from hdscale.engine.metrics import read_metrics, write_scalars
+from hdscale.engine.metrics import read_metrics, write_curves
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.runs import TrainedRun, student_name, student_subject, summary_subjects
@@ -66,8 +66,7 @@ def _summary(runs: list[TrainedRun], train_samples: int | None, output: Path | N
     rows = [measure(subject, held_out, first.evaluation, device, sys.stderr) for subject in subjects]
     for trained in runs:
         others = {student_name(run) for run in runs if run is not trained}
-        for layer, scalars in enumerate(curve_scalars([row for row in rows if row.name not in others])):
-            write_scalars(trained.folder, layer, scalars)
+        write_curves(trained.folder, curve_scalars([row for row in rows if row.name not in others]))
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code. The teacher is `encoder.safetensors` in the run folder."""
-    parser = argparse.ArgumentParser(prog="pretrain_teacher.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pretrain_teacher.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("--method", required=True, choices=["mae", "supervised"])
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file")
     parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs/zero2.json")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code: 0 finished, 75 stopped with a checkpoint."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="train.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=ROOT / "launch/recipes/vit_l_in21k.yaml", help="YAML file")
     parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs/zero2.json", help="student's")
     parser.add_argument("--teacher_ds_config", type=Path, default=ROOT / "ds_configs/teacher_zero3.json")

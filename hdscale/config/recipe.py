@@ -27,7 +27,7 @@ class RunConfig(Section):
     """Folder below `root`; empty: the recipe file's name."""
     root: str = "runs"
     """Folder of all runs."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of order, views, initial weights and drop-path."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on V100s, fp32 on CPUs."""
@@ -43,9 +43,9 @@ class DataConfig(Section):
     order: Literal["global", "windowed"] = "windowed"
     """`global`: one permutation of all samples (local disks). `windowed`: shards are permuted, then the samples of
     `window_shards` shards at a time (network file systems)."""
-    window_shards: int = Field(64, ge=1)
+    window_shards: int = Field(default=64, ge=1)
     """Shards that are mixed with each other under `windowed`."""
-    img_size: int = Field(224, ge=1)
+    img_size: int = Field(default=224, ge=1)
     """Side of the square view in pixels (paper, Section 4.1)."""
     views: int | Literal["fresh"] = 4
     """Epoch e shows view e mod `views`, so that masks can be stored; `fresh` is a new view every epoch."""
@@ -53,9 +53,9 @@ class DataConfig(Section):
     """Area of the random resized crop, as a share of the image (dBOT)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the random resized crop."""
-    hflip: float = Field(0.5, ge=0, le=1)
+    hflip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip (dBOT)."""
-    workers: int = Field(8, ge=0)
+    workers: int = Field(default=8, ge=0)
     """Loader processes a rank; 0 decodes in the training process."""
 
     @model_validator(mode="after")
@@ -72,13 +72,13 @@ class StudentConfig(Section):
 
     model: str = "vit_large_patch16_224"
     """Name of a timm VisionTransformer; weights are always random (paper, Section 3.1)."""
-    patch_size: int | None = Field(None, ge=1)
+    patch_size: int | None = Field(default=None, ge=1)
     """Replaces the named model's, as the four below."""
-    embed_dim: int | None = Field(None, ge=1)
-    depth: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
-    mlp_ratio: float | None = Field(None, gt=0)
-    drop_path: float = Field(0.2, ge=0, lt=1)
+    embed_dim: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    mlp_ratio: float | None = Field(default=None, gt=0)
+    drop_path: float = Field(default=0.2, ge=0, lt=1)
     """Stochastic depth of the last block, rising linearly from 0 (dBOT: 0.2 for B and L)."""
     decoder: Literal["linear", "identity"] = "linear"
     """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder)."""
@@ -86,7 +86,7 @@ class StudentConfig(Section):
     """Per-channel mean subtracted from the image in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel deviation the image is divided by."""
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
     """Activation checkpointing: recompute every n-th block in the backward pass; 1: every block, 0: none."""
 
 
@@ -99,7 +99,7 @@ class TeacherConfig(Section):
     """`vit_large_patch16_224.mae` for timm; `ViT-L-14` for open_clip."""
     weights: str = "pretrained"
     """`pretrained` (timm's), an open_clip tag such as `openai`, `random` (tests and smoke runs), or a file's path."""
-    img_size: int | None = Field(None, ge=1)
+    img_size: int | None = Field(default=None, ge=1)
     """Side of the square the teacher is fed, in pixels; left out: student grid x teacher patch size, so that the grids
     match (a CLIP-L/14 is fed 196 px for 14 x 14 tokens)."""
     target: Literal["norm", "pre_norm", "projected"] = "norm"
@@ -156,7 +156,7 @@ class MaskConfig(Section):
     """Computed in the step by the relation teacher, or read from `store`."""
     store: str = "masks"
     """Folder written by launch/precompute_masks.py."""
-    images_per_forward: int = Field(16, ge=1)
+    images_per_forward: int = Field(default=16, ge=1)
     """The mask teacher always runs on exactly this many images (the last group is filled up): a matrix product rounds
     by its shape, and a different rounding could keep a different token. Part of the store's fingerprint."""
 
@@ -171,9 +171,9 @@ class TargetsConfig(Section):
 class LossConfig(Section):
     """Eq. 1."""
 
-    alpha: float = Field(1.0, ge=0)
+    alpha: float = Field(default=1.0, ge=0)
     """Weight of the relation term (Section 4.1; Table 12)."""
-    beta: float = Field(2.0, gt=0)
+    beta: float = Field(default=2.0, gt=0)
     """Smooth L1's change from square to line (dBOT, FD)."""
     target_norm: Literal["layer_norm", "none"] = "layer_norm"
     """Standardise each target token without affine parameters (dBOT, FD)."""
@@ -182,48 +182,48 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """AdamW and batch sizes; gradient accumulation is derived from them and the number of ranks."""
 
-    global_batch_size: int = Field(1024, ge=1)
+    global_batch_size: int = Field(default=1024, ge=1)
     """Images an optimizer step, over all ranks (Section 4.1)."""
-    micro_batch_size: int = Field(32, ge=1)
+    micro_batch_size: int = Field(default=32, ge=1)
     """Images a rank forwards at once: what fits in memory."""
-    lr: float = Field(6e-4, gt=0)
+    lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate (Section 4.1: 6e-4 at batch 1024); not rescaled by batch size."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW moments (dBOT)."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's denominator."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     """Not applied to norms, biases and tokens (Section 4.1)."""
-    clip: float = Field(3.0, ge=0)
+    clip: float = Field(default=3.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
 
 
 class ScheduleConfig(Section):
     """Length and learning rate over time."""
 
-    epochs: float = Field(40, gt=0)
+    epochs: float = Field(default=40, gt=0)
     """Passes over the data (Section 4.1: 40 on ImageNet-21K)."""
-    warmup_epochs: float = Field(2, ge=0)
+    warmup_epochs: float = Field(default=2, ge=0)
     """Linear warm-up from 0 (EVA-L: a share of 2 in 150; dBOT's 40 would fill the run)."""
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     """Where the cosine ends."""
-    stop_after: int | None = Field(None, ge=1)
+    stop_after: int | None = Field(default=None, ge=1)
     """Stop, with a checkpoint, after this step of the full schedule; the schedule itself does not change."""
 
 
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
-    every_steps: int = Field(500, ge=1)
+    every_steps: int = Field(default=500, ge=1)
     """Optimizer steps between checkpoints; the last step always saves."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
 
 
 class LogConfig(Section):
     """Metrics."""
 
-    every_steps: int = Field(20, ge=1)
+    every_steps: int = Field(default=20, ge=1)
     """Optimizer steps between lines of metrics.jsonl; losses are means over them."""
 
 
@@ -232,22 +232,22 @@ class EvaluationConfig(Section):
 
     split: str = "val"
     """Manifest in `data.shards` that is held out; it may be absent."""
-    neighbors: int = Field(5, ge=1)
+    neighbors: int = Field(default=5, ge=1)
     """k of the k-NN classifier."""
-    attention_images: int = Field(64, ge=1)
+    attention_images: int = Field(default=64, ge=1)
     """Held-out images over which attention statistics are averaged."""
 
 
 class PretrainConfig(Section):
     """launch/pretrain_teacher.py only."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """MAE: share of patches hidden from the encoder."""
-    decoder_dim: int = Field(512, ge=1)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_heads: int = Field(16, ge=1)
+    decoder_dim: int = Field(default=512, ge=1)
+    decoder_depth: int = Field(default=8, ge=1)
+    decoder_heads: int = Field(default=16, ge=1)
     """MAE's decoder, thrown away afterwards."""
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Supervised: DeiT's."""
 
 

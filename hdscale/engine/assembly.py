@@ -30,13 +30,13 @@ from hdscale.progress import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from deepspeed import DeepSpeedEngine
     from torch import nn
 
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
     from hdscale.data.loader import KeepIndices
     from hdscale.engine.checkpoint import Checkpoint
+    from hdscale.engine.engines import Engine
     from hdscale.engine.ranks import Ranks
     from hdscale.types import Batch
 
@@ -91,7 +91,6 @@ def plan_run(
         recipe.optim.global_batch_size, recipe.optim.micro_batch_size, planned_world_size()
     )
     precision = planned_precision(recipe)
-    check_recipe_unchanged(folder, recipe, allow_change)
     fingerprints = {
         "data": shards.digest,
         "views": json_digest(view_fingerprint(recipe.data, recipe.run.seed)),
@@ -100,12 +99,13 @@ def plan_run(
     }
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
+        check_recipe_unchanged(folder, recipe, allow_change)
         _check_fingerprints(checkpoint, fingerprints, allow_change)
     completed = student_ds_config(ds_config, recipe.optim, accumulation=accumulation, precision=precision)
     return Run(recipe, completed, folder, shards, schedule, accumulation, precision, fingerprints, checkpoint)
 
 
-def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> DeepSpeedEngine:
+def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
     """Build the training engine, from the run's checkpoint when it has one, and write what the run was asked for."""
     if run.checkpoint is not None:
         module.load_state_dict(run.checkpoint.module_state())
@@ -120,7 +120,7 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> DeepSpeedEngine:
 
 def train_run(
     run: Run,
-    engine: DeepSpeedEngine,
+    engine: Engine,
     ranks: Ranks,
     prepare: Callable[[Batch], tuple[Any, ...]],
     *,
@@ -141,6 +141,8 @@ def train_run(
     start = 0 if run.checkpoint is None else run.checkpoint.step
     end = min(total, recipe.schedule.stop_after or total)
     if start >= end:
+        if stream is not None and ranks.is_first:
+            print(f"{run.folder}: step {start} of {total} is done already", file=stream)
         return EXIT_DONE if start >= total else EXIT_STOPPED
     loader = run_loader(run, ranks, start, end, keep_indices)
     metrics = MetricsWriter(run.folder, start) if ranks.is_first else None

@@ -23,13 +23,13 @@ from hdscale.teachers.weights import weights_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from deepspeed import DeepSpeedEngine
     from torch import Tensor, nn
 
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
     from hdscale.data.loader import KeepIndices
     from hdscale.engine.assembly import Run
+    from hdscale.engine.engines import Engine
     from hdscale.engine.ranks import Ranks
     from hdscale.student.build import Student
     from hdscale.teachers.build import FrozenTeacher
@@ -56,7 +56,7 @@ class Session(NamedTuple):
 
     run: Run
     ranks: Ranks
-    engine: DeepSpeedEngine
+    engine: Engine
     pair: TeacherPair
     hosted: dict[str, nn.Module]
     keep_indices: KeepIndices | None

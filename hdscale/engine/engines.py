@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import deepspeed
 import torch
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdscale.config.recipe import OptimConfig
+
+Engine: TypeAlias = Any
+"""A `deepspeed.DeepSpeedEngine`: it gets its attributes at run time, where a type checker does not see them."""
 
 _TOKEN_PARAMETERS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
@@ -65,7 +68,7 @@ def student_ds_config(
     }
 
 
-def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig) -> deepspeed.DeepSpeedEngine:
+def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig) -> Engine:
     """Wrap the one trainable module; AdamW, or DeepSpeed's CPU AdamW where the config offloads the optimizer."""
     groups = parameter_groups(module, optim.weight_decay)
     settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
@@ -100,7 +103,7 @@ def build_teacher_engine(
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """Gather a possibly sharded module's parameters and buffers on the CPU; every rank has to call it."""
-    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    inner = _inner(module)
     state: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in inner.named_buffers()}
     for name, parameter in inner.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -110,12 +113,18 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 def held_elements(module: nn.Module) -> int:
     """Count the parameter elements that this rank holds now, sharded or whole."""
-    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    inner = _inner(module)
     count = 0
     for parameter in inner.parameters():
         share = getattr(parameter, "ds_tensor", None)
         count += parameter.numel() + (share.numel() if share is not None and parameter.numel() == 0 else 0)
     return count
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def configure_checkpointing(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
@@ -128,7 +137,7 @@ def configure_checkpointing(ds_config: Mapping[str, Any]) -> Callable[..., Any] 
     return deepspeed.checkpointing.checkpoint
 
 
-def _create_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+def _create_moments(engine: Engine) -> None:
     """Create AdamW's state now instead of at its first step.
 
     A checkpoint can then be restored before that step; and ZeRO-2 links each parameter to its moments once, inside the

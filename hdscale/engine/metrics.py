@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.tensorboard import SummaryWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
@@ -48,8 +48,9 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def write_scalars(run_folder: Path, step: int, scalars: Mapping[str, float]) -> None:
-    """Add scalars to a run's TensorBoard folder, such as the analysis of its finished student."""
+def write_curves(run_folder: Path, curves: Sequence[Mapping[str, float]]) -> None:
+    """Add curves to a run's TensorBoard folder: the n-th mapping holds the points at n, such as at layer n."""
     with SummaryWriter(str(run_folder / TENSORBOARD_FOLDER)) as writer:
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
+        for place, points in enumerate(curves):
+            for tag, value in points.items():
+                writer.add_scalar(tag, value, place)

@@ -33,8 +33,6 @@ def check_recipe_unchanged(folder: Path, recipe: Recipe, allow_change: Sequence[
     Raises:
         UserError: naming the first changed field that `allow_change` does not list.
     """
-    if not (folder / RECIPE_FILE).is_file():
-        return
     changes = changed_fields(load_run_recipe(folder), recipe)
     for field, old, new in changes:
         if field not in allow_change:

@@ -14,7 +14,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._requested = False
-        self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._request)
 

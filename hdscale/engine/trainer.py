@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from deepspeed import DeepSpeedEngine
-
     from hdscale.config.recipe import CheckpointConfig, LogConfig
+    from hdscale.engine.engines import Engine
     from hdscale.engine.metrics import MetricsWriter
     from hdscale.engine.ranks import Ranks
     from hdscale.engine.schedule import Schedule
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 class Trainer(NamedTuple):
     """Everything that a run holds between steps; `prepare` turns a batch into the engine's arguments."""
 
-    engine: DeepSpeedEngine
+    engine: Engine
     prepare: Callable[[Batch], tuple[Any, ...]]
     ranks: Ranks
     plan: Plan
@@ -56,7 +56,7 @@ class Trainer(NamedTuple):
     progress: Progress
 
 
-def train_step(engine: DeepSpeedEngine, prepare: Callable[[Batch], tuple[Any, ...]], batch: Batch) -> LossTerms:
+def train_step(engine: Engine, prepare: Callable[[Batch], tuple[Any, ...]], batch: Batch) -> LossTerms:
     """Run one micro-step; return device tensors and never wait for the device.
 
     `engine.step()` updates weights only at DeepSpeed's accumulation boundary.
@@ -169,7 +169,7 @@ class _Meter:
 def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: int) -> None:
     losses, rate, data_wait = meter.read()
     plan = trainer.plan
-    if not all(torch.isfinite(torch.tensor(losses)).tolist()) and not _scaled(trainer.engine):
+    if not all(map(math.isfinite, losses)) and not _scaled(trainer.engine):
         raise FloatingPointError(f"the loss is not finite at step {step}: {losses}; the last checkpoint is unharmed")
     if metrics is None:
         return
@@ -186,7 +186,7 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "loss_feature": losses.feature,
         "loss_relation": losses.relation,
         "lr": plan.schedule.lr(step - 1),
-        "grad_norm": None if norm is None else float(norm),
+        "grad_norm": None if norm is None or not math.isfinite(norm) else float(norm),
         "loss_scale": float(trainer.engine.optimizer.loss_scale),
         "images_per_second": rate,
         "data_wait": data_wait,
@@ -204,12 +204,12 @@ def peak_memory_gb(ranks: Ranks) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _scaled(engine: DeepSpeedEngine) -> bool:
+def _scaled(engine: Engine) -> bool:
     """Whether the engine itself skips steps with infinities (fp16's dynamic loss scale)."""
     return engine.fp16_enabled()
 
 
-def _set_lr(engine: DeepSpeedEngine, lr: float) -> None:
+def _set_lr(engine: Engine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 

@@ -17,15 +17,15 @@ from deepspeed.utils import (
 from hdscale.engine.checkpoint import BUFFER, MOMENTS, WEIGHT
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from hdscale.engine.checkpoint import Checkpoint
+    from hdscale.engine.engines import Engine
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def gather_shard(engine: DeepSpeedEngine, rank: int, world_size: int) -> dict[str, Tensor]:
+def gather_shard(engine: Engine, rank: int, world_size: int) -> dict[str, Tensor]:
     """Collect this rank's share of all parameters and moments; every rank has to call it.
 
     Returns:
@@ -48,7 +48,7 @@ def gather_shard(engine: DeepSpeedEngine, rank: int, world_size: int) -> dict[st
     return shard
 
 
-def optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+def optimizer_state(engine: Engine) -> dict[str, Any]:
     """Return the optimizer's step count and the loss scaler, as JSON."""
     scaler = engine.optimizer.loss_scaler
     step = next(iter(engine.optimizer.optimizer.state.values()))["step"]
@@ -58,7 +58,7 @@ def optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load weights, moments, step counts and the loss scale into an engine.
 
     The module must have been given `checkpoint.module_state()` before the engine was built: that fills buffers and the
@@ -76,13 +76,13 @@ def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     engine.global_steps = checkpoint.step
 
 
-def _full(parameter: nn.Parameter, kind: str) -> Tensor:
+def _full(parameter: Any, kind: str) -> Tensor:
     full = safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
     assert full is not None, "not a ZeRO-2 or ZeRO-3 parameter"
     return full
 
 
-def _set(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+def _set(parameter: Any, kind: str, value: Tensor) -> None:
     if hasattr(parameter, "ds_id"):
         # The setter of full tensors reads past the end of a parameter that the ranks do not divide evenly.
         optimizer = parameter._z3_optimizer
@@ -100,7 +100,7 @@ def _set(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         safe_set_full_optimizer_state(parameter, value, kind)
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def _numel(parameter: Any) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
