@@ -91,7 +91,8 @@ class ViTEncoder(nn.Module):
             `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full.
         """
         x = self.model.patch_embed(images)
-        x = self.model._pos_embed(x)  # (B, P + N, D)
+        # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
+        x = self.model._pos_embed(x).to(images.dtype)  # (B, P + N, D)
         rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
         if rows is not None and self.tokens == "kept":
             x, rows = take_rows(x, rows), None
