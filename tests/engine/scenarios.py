@@ -1,0 +1,299 @@
+"""Run under the DeepSpeed launcher, or alone: many short runs in one process group, since a launch takes 12 seconds.
+
+python tests/engine/scenarios.py WORLD_FOLDER RANKS
+
+Run folders and `results-RANKS.json` are what the tests look at.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+import hdscale.engine.distillation as distillation
+from hdscale.config.deepspeed import load_ds_config
+from hdscale.config.loading import load_recipe
+from hdscale.engine.assembly import run_loader
+from hdscale.engine.distillation import build_teachers, distill, held_digests, host_teachers, start_session
+from hdscale.engine.engines import held_elements
+from hdscale.engine.precompute import precompute_masks
+from hdscale.engine.pretraining_run import pretrain
+from hdscale.engine.ranks import distributed
+from hdscale.engine.smoke import smoke
+from hdscale.engine.trainer import train_step
+from hdscale.engine.training_state import gather_shard
+from hdscale.teachers.pair import TeacherPair
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP, SHORT = 4, ["student.drop_path=0.3", "schedule.epochs=2.67"]  # after step 4 of 10
+
+
+class Lab:
+    """Recipes, configs and shorthands."""
+
+    def __init__(self, folder, ranks):
+        self.folder, self.ranks = folder, ranks
+        self.teacher = load_ds_config(ROOT / "ds_configs/teacher_zero3.json")
+        self.teacher_all = load_ds_config(folder / "teacher_all.json")
+        self.configs = {
+            2: load_ds_config(ROOT / "ds_configs/zero2.json"),
+            3: load_ds_config(ROOT / "ds_configs/zero3.json"),
+            "3all": load_ds_config(folder / "zero3_all.json"),
+        }
+
+    def recipe(self, name, *overrides):
+        return load_recipe(self.folder / "recipe.yaml", [f"run.name={name}", *overrides])
+
+    def distill(self, name, stage, *overrides):
+        return distill(self.recipe(name, *overrides), self.configs[stage], self.teacher)
+
+    def session(self, name, stage, *overrides):
+        return start_session(self.recipe(name, *overrides), self.configs[stage], self.teacher_all)
+
+    def run_folder(self, name):
+        return self.folder / "runs" / name
+
+    def everyone(self, value):
+        values = [None] * self.ranks.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def copy_run(self, name, copy):
+        if self.ranks.is_first:
+            shutil.copytree(self.run_folder(name), self.run_folder(copy))
+        dist.barrier()
+
+
+def masks(lab):
+    """Fill the store; then lose a part, and start again."""
+    store = lab.folder / "masks"
+    codes = [precompute_masks(lab.recipe("masks"), lab.teacher)]
+    before = {path.name: _identity(path) for path in sorted(store.glob("view-*/*"))}, _hashes(store)
+    dist.barrier()
+    if lab.ranks.is_first:
+        (store / "view-0001/part-00000.npy").unlink()
+    dist.barrier()
+    untouched = _identity(store / "view-0000/part-00000.npy")
+    codes.append(precompute_masks(lab.recipe("masks"), lab.teacher))
+    same = _identity(store / "view-0000/part-00000.npy") == untouched
+    return {"codes": codes, "before": before[1], "after": _hashes(store), "other_part_untouched": same}
+
+
+def _identity(path):
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def _hashes(store):
+    return {
+        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in store.rglob("*.npy")
+    }
+
+
+def curves_of_two(lab):
+    codes = {}
+    for stage in (2, 3):
+        for source in ("store", "online"):
+            for every in (0, 1):
+                name = f"two-z{stage}-{source}-{every}"
+                codes[name] = lab.distill(name, stage, f"mask.source={source}", f"student.checkpoint_every={every}")
+        name = f"two-z{stage}-accumulated"
+        codes[name] = lab.distill(name, stage, "optim.micro_batch_size=4")
+    return codes
+
+
+def curves_of_one(lab):
+    codes = {}
+    for name, stage, overrides in (
+        ("one-z2-accumulated", 2, ["optim.micro_batch_size=4"]),
+        ("one-z2-store-0", 2, ["optim.micro_batch_size=16"]),
+        ("one-z2-online-1", 2, ["optim.micro_batch_size=16", "mask.source=online", "student.checkpoint_every=1"]),
+        ("one-z3-store-0", 3, ["optim.micro_batch_size=16"]),
+    ):
+        codes[name] = lab.distill(name, stage, *overrides)
+    return codes
+
+
+def resume(lab):
+    """Train in one go, and with a stop on the way."""
+    found = {}
+    for stage in (2, "3all"):
+        whole, cut = f"whole-z{stage}", f"cut-z{stage}"
+        codes = [lab.distill(whole, stage, *SHORT)]
+        codes.append(lab.distill(cut, stage, *SHORT, f"schedule.stop_after={STOP}"))
+        done_early = (lab.run_folder(cut) / "DONE").exists()
+        codes.append(lab.distill(cut, stage, *SHORT))
+        codes.append(lab.distill(cut, stage, *SHORT))
+        found[str(stage)] = {"codes": codes, "done_early": done_early}
+    return found
+
+
+def interrupt(lab):
+    """Send SIGTERM to the last rank in its fourth step."""
+    batches = []
+
+    def prepare(self, batch):
+        batches.append(batch)
+        if len(batches) == STOP and lab.ranks.rank == lab.ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    original, distillation.Session.prepare = distillation.Session.prepare, prepare
+    try:
+        code = lab.distill("interrupted", 2, *SHORT)
+    finally:
+        distillation.Session.prepare = original
+    latest = (lab.run_folder("interrupted") / "checkpoints/latest").read_text().strip()
+    return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *SHORT)}
+
+
+def elastic_source(lab):
+    """Leave checkpoints behind, of both stages."""
+    return [lab.distill(f"elastic-from-{stage}", stage, f"schedule.stop_after={STOP}") for stage in (2, "3all")]
+
+
+def elastic(lab):
+    """Load the checkpoints of two ranks under other stages, here and with one rank."""
+    found = {}
+    for source, stage in ((2, 2), (2, "3all"), ("3all", 2)):
+        name = f"elastic-{source}-to-{stage}-of-{lab.ranks.world_size}"
+        lab.copy_run(f"elastic-from-{source}", name)
+        with lab.session(name, stage) as session:
+            shard = gather_shard(session.engine, lab.ranks.rank, lab.ranks.world_size)
+            save_file(shard, lab.folder / f"{name}-{lab.ranks.rank}.safetensors")
+            batches = list(run_loader(session.run, lab.ranks, session.run.checkpoint.step, STOP + 1, None))
+            ids = lab.everyone([batch.sample_ids.tolist() for batch in batches])
+        found[name] = {"ids": ids, "code": lab.distill(name, stage, f"schedule.stop_after={STOP + 3}")}
+    return found
+
+
+def teachers(lab):
+    """Train two steps beside sharded teachers and look at them."""
+    found = {}
+    with lab.session("teachers", 3, "schedule.stop_after=2") as session:
+        before = held_digests(session.hosted)
+        held = {name: [held_elements(teacher)] for name, teacher in session.hosted.items()}
+        for batch in run_loader(session.run, lab.ranks, 0, 2, session.keep_indices):
+            train_step(session.engine, session.prepare, batch)
+            for name, teacher in session.hosted.items():
+                held[name].append(held_elements(teacher))
+        recipe = lab.recipe("whole", "feature_teacher.sharding=replicate", "relation_teacher.sharding=replicate")
+        fresh = build_teachers(recipe, 8)
+        whole = host_teachers(fresh, recipe, lab.teacher, "fp32", lab.ranks)
+        pair = TeacherPair(
+            whole["feature_teacher"],
+            whole["relation_teacher"],
+            relation_config=recipe.relation,
+            mask_config=recipe.mask,
+            seed=recipe.run.seed,
+            num_patches=64,
+            cls_in_relation=True,
+        )
+        sharded, replicated = session.pair(batch), pair(batch)
+        found["equal"] = lab.everyone(
+            torch.equal(sharded.features, replicated.features)
+            and len(sharded.relations) == 2
+            and all(map(torch.equal, sharded.relations, replicated.relations))
+        )
+        found["totals"] = {name: sum(p.numel() for p in teacher.parameters()) for name, teacher in whole.items()}
+        found["held"] = lab.everyone(held)
+        found["digests"] = lab.everyone([before, held_digests(session.hosted)])
+    return found
+
+
+def spoiled_teacher(lab):
+    """Change a teacher during training."""
+
+    def spoil(run, engine, ranks, prepare, **_):
+        with torch.no_grad():
+            next(iter(prepare.__self__.hosted["relation_teacher"].parameters())).add_(1e-3)
+        return 0
+
+    original, distillation.train_run = distillation.train_run, spoil
+    try:
+        lab.distill("spoiled", 2, "relation_teacher.sharding=replicate", "optim.micro_batch_size=16")
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        distillation.train_run = original
+    return {"error": None}
+
+
+def bf16(lab):
+    found = {}
+    low = ["run.precision=bf16", "mask.source=online", "student.drop_path=0.3", "schedule.epochs=1.61"]  # 6 steps
+    for stage in (2, 3):
+        codes = [lab.distill(f"bf16-whole-z{stage}", stage, *low)]
+        codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low, "schedule.stop_after=3"))
+        codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low))
+        with lab.session(f"bf16-look-z{stage}", stage, *low) as session:
+            found[str(stage)] = {"codes": codes, "dtypes": _dtypes(session, lab)}
+    return found
+
+
+def _dtypes(session, lab):
+    """Look at what the module gets through the engine."""
+    seen = []
+    session.engine.module.register_forward_pre_hook(lambda _, given: seen.append(given))
+    train_step(session.engine, session.prepare, next(iter(run_loader(session.run, lab.ranks, 0, 1, None))))
+    ((images, targets),) = seen
+    weight = next(iter(session.engine.module.parameters())).dtype
+    kinds = {
+        "images": images.dtype,
+        "weights": weight,
+        "relations": targets.relations[0].dtype,
+        "features": targets.features.dtype,
+        "keep_indices": targets.keep_indices.dtype,
+    }
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in kinds.items()}
+
+
+def pretraining(lab):
+    small = ["optim.micro_batch_size=16", "schedule.epochs=0.54", "schedule.warmup_epochs=0"]
+    small += ["pretrain.decoder_dim=32", "pretrain.decoder_depth=1", "pretrain.decoder_heads=4"]
+    return {
+        method: pretrain(lab.recipe(f"pretrained-{method}", *small), method, lab.configs[2])
+        for method in ("mae", "supervised")
+    }
+
+
+def smoke_run(lab):
+    texts = {}
+    for stage in (2, 3):
+        out = io.StringIO()
+        code = smoke(lab.recipe("smoke"), 2, lab.configs[stage], lab.teacher, stream=out)
+        texts[str(stage)] = lab.everyone([code, out.getvalue()])
+    return texts
+
+
+BY_RANKS = {
+    "2": (masks, curves_of_two, resume, interrupt, elastic_source, elastic, teachers, bf16, smoke_run),
+    "1": (curves_of_one, elastic, spoiled_teacher, pretraining),
+}
+
+
+def main(folder, ranks):
+    found = {}
+    with distributed() as this:
+        assert this.world_size == int(ranks)
+        lab = Lab(Path(folder), this)
+        for scenario in BY_RANKS[ranks]:
+            start = time.perf_counter()
+            found[scenario.__name__] = scenario(lab)
+            dist.barrier()
+            if this.is_first:
+                print(f"{scenario.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
+        if this.is_first:
+            (lab.folder / f"results-{ranks}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])

@@ -1,0 +1,340 @@
+"""Whole runs on one and two ranks under the real launcher; scenarios.py makes them, here they are judged."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hdscale.config.loading import load_recipe
+from hdscale.config.recipe import TeacherConfig
+from hdscale.data.index import open_shards
+from hdscale.data.loader import SequentialLoader
+from hdscale.data.order import build_order
+from hdscale.distiller import build_distiller
+from hdscale.engine.checkpoint import newest_checkpoint
+from hdscale.losses import token_relation
+from hdscale.masking.store import MaskStore
+from hdscale.teachers.build import build_teacher
+from hdscale.teachers.pair import online_keep_indices
+from hdscale.teachers.weights import weights_digest
+from hdscale.types import Targets
+
+STEPS, BATCH, STOP = 20, 16, 4
+TWO = [f"two-z{z}-{source}-{every}" for z in (2, 3) for source in ("store", "online") for every in (0, 1)]
+TWO += ["two-z2-accumulated", "two-z3-accumulated"]
+ONE = ["one-z2-accumulated", "one-z2-store-0", "one-z2-online-1", "one-z3-store-0"]
+
+
+@pytest.fixture(scope="module")
+def recipe(world):
+    return load_recipe(world.recipe)
+
+
+@pytest.fixture(scope="module")
+def teachers(recipe):
+    """Feature and relation teacher, unpruned, with everything a test may ask for."""
+    feature = build_teacher(recipe.feature_teacher, grid_size=8)
+    relation = build_teacher(
+        recipe.relation_teacher, grid_size=8, relation_layers=recipe.relation.layers, mask=recipe.mask
+    )
+    return feature, relation
+
+
+def global_batch(recipe, shards, step):
+    """Positions step * 16 ... of the endless stream: ids in order, and uint8 pictures."""
+    order = build_order(shards.index, recipe.data, recipe.run.seed)
+    ids, images = [], []
+    for position in range(step * BATCH, (step + 1) * BATCH):
+        epoch, place = divmod(position, shards.num_samples)
+        ids += order.sample_ids(epoch, np.array([place])).tolist()
+        view = epoch % recipe.data.views
+        (batch,) = SequentialLoader(shards, recipe.data, recipe.run.seed, sample_ids=ids[-1:], view=view, batch_size=1)
+        images.append(batch.images)
+    return ids, torch.cat(images)
+
+
+def plain_lr(step, peak=1e-3, low=1e-5, warmup=3):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup))) / 2
+
+
+def at_rows(tokens, kept):
+    """Prefix and kept rows of (B, A, 1 + N, E)."""
+    rows = torch.cat([torch.zeros(len(kept), 1, dtype=torch.int64), kept + 1], dim=1)
+    return torch.stack([sample[:, row] for sample, row in zip(tokens, rows, strict=True)])
+
+
+def plain_targets(recipe, teachers, images):
+    feature, relation = teachers
+    kept = online_keep_indices(relation, images, recipe.mask)
+    output = relation(images)
+    relations = tuple(
+        token_relation(at_rows(query, kept), at_rows(key, kept), "scaled", "per_head")
+        for query, key in zip(output.queries, output.keys, strict=True)
+    )
+    tokens = feature(images).patch_tokens
+    return Targets(kept, torch.stack([sample[row] for sample, row in zip(tokens, kept, strict=True)]), relations)
+
+
+@pytest.fixture(scope="module")
+def plain_curve(world, recipe, teachers):
+    """The same training in a loop of plain PyTorch, without ranks, engines or loader."""
+    shards = open_shards(world.folder / "shards", "train")
+    distiller = build_distiller(
+        recipe.student,
+        recipe.relation,
+        recipe.loss,
+        img_size=32,
+        seed=recipe.run.seed,
+        feature_dim=48,
+        relation_heads=3,
+        teacher_has_cls=True,
+    )
+    named = dict(distiller.named_parameters())
+    undecayed = {name for name in named if name.endswith(("bias", "cls_token")) or "norm" in name}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [named[name] for name in named if name not in undecayed], "weight_decay": 0.05},
+            {"params": [named[name] for name in sorted(undecayed)], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = plain_lr(step)
+        _, images = global_batch(recipe, shards, step)
+        loss = distiller(images, plain_targets(recipe, teachers, images)).total
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(distiller.parameters(), recipe.optim.clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+    # Both sides of the clipping threshold are in the test.
+    assert min(norms) < recipe.optim.clip < max(norms)
+    return losses
+
+
+def relative_difference(curve, other):
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True))
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_train_as_plain_pytorch_does(name, two_ranks, curve, plain_curve):
+    assert two_ranks["curves_of_two"][name] == 0
+    assert relative_difference(curve(name), plain_curve) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_rank_trains_as_plain_pytorch_does(name, one_rank, curve, plain_curve):
+    assert one_rank["curves_of_one"][name] == 0
+    assert relative_difference(curve(name), plain_curve) <= 1e-5
+
+
+def test_the_logged_rate_is_the_schedule_s(two_ranks, curve):
+    assert curve("two-z2-store-0", "lr") == pytest.approx([plain_lr(step) for step in range(STEPS)], rel=1e-12)
+
+
+@pytest.mark.parametrize("stage", ["2", "3all"])
+def test_a_stopped_run_goes_on_bit_for_bit(stage, world, two_ranks, curve):
+    found = two_ranks["resume"][stage]
+    # In one go; stopped; finished; started once more, with nothing left to do.
+    assert found["codes"] == [0, 75, 0, 0]
+    assert not found["done_early"]
+    assert (world.folder / "runs" / f"cut-z{stage}" / "DONE").exists()
+    for column in ("loss", "loss_feature", "loss_relation", "grad_norm"):
+        assert curve(f"cut-z{stage}", column) == curve(f"whole-z{stage}", column)
+    assert len(curve(f"cut-z{stage}")) == 10
+    assert_same_checkpoints(world, f"cut-z{stage}", f"whole-z{stage}")
+
+
+def test_a_signal_to_any_rank_stops_all_with_a_checkpoint_that_goes_on_bit_for_bit(world, two_ranks, curve):
+    assert two_ranks["interrupt"] == {"code": 75, "latest": f"step-{STOP:09d}", "again": 0}
+    assert curve("interrupted") == curve("whole-z2")
+    assert_same_checkpoints(world, "interrupted", "whole-z2")
+
+
+def assert_same_checkpoints(world, name, other):
+    found, wanted = (newest_checkpoint(world.folder / "runs" / run) for run in (name, other))
+    assert found.step == wanted.step == 10
+    assert found.state["scaler"] == wanted.state["scaler"]
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "buffer"):
+        assert_equal_tensors(found.tensors(kind), wanted.tensors(kind))
+
+
+def assert_equal_tensors(found, wanted):
+    assert found.keys() == wanted.keys()
+    unequal = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+    assert not unequal
+
+
+ELASTIC = [(ranks, source, stage) for ranks in (2, 1) for source, stage in (("2", "2"), ("2", "3all"), ("3all", "2"))]
+
+
+@pytest.mark.parametrize(("ranks", "source", "stage"), ELASTIC)
+def test_a_checkpoint_of_two_ranks_loads_at_any_stage_and_number_of_ranks(
+    ranks, source, stage, world, recipe, two_ranks, one_rank, curve
+):
+    name = f"elastic-{source}-to-{stage}-of-{ranks}"
+    found = (two_ranks if ranks == 2 else one_rank)["elastic"][name]
+    loaded = {}
+    for rank in range(ranks):
+        shard = load_file(world.folder / f"{name}-{rank}.safetensors")
+        assert not loaded.keys() & shard.keys()
+        loaded |= shard
+    saved = {}
+    for file in (world.folder / "runs" / f"elastic-from-{source}/checkpoints/step-{STOP:09d}").glob("*.safetensors"):
+        saved |= load_file(file)
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if name.startswith("exp_avg_sq/"))
+    assert_equal_tensors(loaded, saved)
+
+    shards = open_shards(world.folder / "shards", "train")
+    for step in range(STOP, STOP + 5):
+        given = [sample for rank in range(ranks) for sample in micro_steps(found["ids"][rank], step - STOP, ranks)]
+        assert sorted(given) == sorted(global_batch(recipe, shards, step)[0])
+    assert found["code"] == 75
+    assert relative_difference(curve(name), curve("two-z2-store-0")[: STOP + 3]) <= 1e-5
+
+
+def micro_steps(batches, step, ranks):
+    """Sample ids of one rank's micro-batches of 8 in one step of 16."""
+    count = BATCH // 8 // ranks
+    return [sample for batch in batches[step * count : (step + 1) * count] for sample in batch]
+
+
+def test_sharded_teachers_leave_half_of_their_weights_on_each_of_two_ranks(two_ranks):
+    found = two_ranks["teachers"]
+    for held in found["held"]:
+        assert held.keys() == {"feature_teacher", "relation_teacher"}
+        for name, counts in held.items():
+            assert len(counts) == 3  # before, and after each of two steps
+            assert 0.49 * found["totals"][name] < min(counts) <= max(counts) <= 0.55 * found["totals"][name]
+
+
+def test_sharded_teachers_say_the_same_as_whole_ones_bit_for_bit(two_ranks):
+    assert two_ranks["teachers"]["equal"] == [True, True]
+
+
+def test_teacher_weights_have_the_same_hash_at_the_end_as_freshly_built_ones(recipe, two_ranks):
+    feature = build_teacher(recipe.feature_teacher, role="feature", grid_size=8)
+    relation = build_teacher(
+        recipe.relation_teacher, role="relation", grid_size=8, relation_layers=recipe.relation.layers
+    )
+    wanted = {
+        name: weights_digest(dict(teacher.named_parameters()) | dict(teacher.named_buffers()))
+        for name, teacher in (("feature_teacher", feature), ("relation_teacher", relation))
+    }
+    assert two_ranks["teachers"]["digests"] == [[wanted, wanted], [wanted, wanted]]
+
+
+def test_a_teacher_that_changes_fails_the_run(one_rank):
+    assert "a teacher's weights have changed" in one_rank["spoiled_teacher"]["error"]
+
+
+@pytest.mark.parametrize("name", ["two-z2-store-0", "two-z3-online-1"])
+def test_checkpoints_hold_student_and_head_and_nothing_else(name, world, recipe, two_ranks):
+    distiller = build_distiller(
+        recipe.student,
+        recipe.relation,
+        recipe.loss,
+        img_size=32,
+        seed=0,
+        feature_dim=48,
+        relation_heads=3,
+        teacher_has_cls=True,
+    )
+    shapes = {name: parameter.shape for name, parameter in distiller.named_parameters()}
+    wanted = {f"{kind}/{name}": shape for kind in ("weight", "exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    wanted |= {f"buffer/{name}": distiller.state_dict()[name].shape for name in distiller.state_dict() - shapes.keys()}
+    folder = world.folder / "runs" / name / "checkpoints" / f"step-{STEPS:09d}"
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [
+        "manifest.json",
+        "state.json",
+        "student-00000-of-00002.safetensors",
+        "student-00001-of-00002.safetensors",
+    ]
+    found, sizes = {}, []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as reader:
+            assert not found.keys() & set(reader.keys())
+            found |= {key: reader.get_tensor(key).shape for key in reader.keys()}  # noqa: SIM118
+        sizes.append(file.stat().st_size)
+    assert found == wanted
+    assert max(sizes) < 0.6 * sum(sizes)
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["step"], state["cursor"], state["optimizer_step"]) == (STEPS, STEPS * BATCH, STEPS)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_bf16_runs_keep_relations_in_float32_and_go_on_bit_for_bit(stage, two_ranks, curve):
+    found = two_ranks["bf16"][stage]
+    assert found["codes"] == [0, 75, 0]
+    assert found["dtypes"] == {
+        "images": "uint8",
+        "weights": "bfloat16",
+        "features": "bfloat16",
+        "relations": "float32",
+        "keep_indices": "int64",
+    }
+    losses = curve(f"bf16-whole-z{stage}")
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
+    assert curve(f"bf16-cut-z{stage}") == losses
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 16])
+def test_masks_made_on_two_ranks_are_the_online_masks_of_one_rank(micro_batch_size, world, recipe, teachers, two_ranks):
+    assert two_ranks["masks"]["codes"] == [0, 0]
+    store, shards = MaskStore.open(world.folder / "masks"), open_shards(world.folder / "shards", "train")
+    for view in range(2):
+        loader = SequentialLoader(
+            shards, recipe.data, recipe.run.seed, sample_ids=range(60), view=view, batch_size=micro_batch_size
+        )
+        for batch in loader:
+            wanted = online_keep_indices(teachers[1], batch.images, recipe.mask)
+            assert wanted.shape[1] == 21  # 64 -> 44 -> 30 -> 21
+            assert torch.equal(store.keep_indices(batch.sample_ids, view), wanted)
+
+
+def test_an_interrupted_precomputation_goes_on_where_it_stopped(two_ranks):
+    found = two_ranks["masks"]
+    assert sorted(found["before"]) == ["view-0000/part-00000.npy", "view-0001/part-00000.npy"]
+    assert found["after"] == found["before"]
+    assert found["other_part_untouched"]
+
+
+@pytest.mark.parametrize("method", ["mae", "supervised"])
+def test_a_pretrained_encoder_is_a_teacher_file(method, world, one_rank):
+    assert one_rank["pretraining"][method] == 0
+    run = world.folder / "runs" / f"pretrained-{method}"
+    teacher = build_teacher(TeacherConfig(source="file", weights=str(run / "encoder.safetensors")), grid_size=8)
+    weights = newest_checkpoint(run).tensors("weight")
+    trained = {
+        name.removeprefix("encoder.encoder.model."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("encoder.")
+    }
+    state = teacher.encoder.model.state_dict()
+    assert trained.keys() <= state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_smoke_run_prints_its_figures_once_and_leaves_nothing_behind(stage, world, two_ranks):
+    (code, text), (other_code, other_text) = two_ranks["smoke_run"][stage]
+    assert (code, other_code, other_text) == (0, 0, "")
+    lines = text.splitlines()
+    assert lines[0].startswith(f"smoke run of smoke: 2 ranks, ZeRO-{stage}, fp32, micro-batch 1, no accumulation")
+    assert [line.split(":")[0] for line in lines[1:]] == ["step 1", "step 2", "FLOPs an image", "peak memory a rank"]
+    assert float(lines[3].split(": ")[1].split()[0]) > 0
+    assert len(lines[4].split(": ")[1].split(", ")) == 3  # two ranks, and a remark
+    assert not (world.folder / "runs/smoke").exists()
