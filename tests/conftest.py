@@ -1,6 +1,7 @@
 """A world small enough for whole runs: 60 pictures in shards, two teachers of random weights, one recipe."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +35,22 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def own_world(tmp_path):
+def own_world(tmp_path, world):
     """A world to spoil."""
-    return make_world(tmp_path)
+    shutil.copytree(world.folder / "shards", tmp_path / "shards")
+    for name in ("feature", "relation"):
+        shutil.copy(world.folder / f"{name}.safetensors", tmp_path)
+    return write_settings(tmp_path)
 
 
 def make_world(folder: Path) -> World:
     write_shards(folder)
     for seed, name in enumerate(("feature", "relation"), 1):
         write_teacher(folder / f"{name}.safetensors", seed)
+    return write_settings(folder)
+
+
+def write_settings(folder: Path) -> World:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(folder)))
     # ZeRO-3 that shards everything: the shipped thresholds leave most of a tiny model whole.

@@ -167,9 +167,10 @@ def elastic(lab):
         name = f"elastic-{source}-to-{stage}-of-{lab.ranks.world_size}"
         lab.copy_run(f"elastic-from-{source}", name)
         with lab.session(name, stage) as session:
+            assert session.run.checkpoint.step == STOP
             shard = gather_shard(session.engine, lab.ranks.rank, lab.ranks.world_size)
             save_file(shard, lab.folder / f"{name}-{lab.ranks.rank}.safetensors")
-            batches = list(run_loader(session.run, lab.ranks, session.run.checkpoint.step, STOP + 1, None))
+            batches = list(run_loader(session.run, lab.ranks, STOP, STOP + 3, None))
             ids = lab.everyone([batch.sample_ids.tolist() for batch in batches])
         found[name] = {"ids": ids, "code": lab.distill(name, stage, f"schedule.stop_after={STOP + 3}")}
     return found
@@ -229,10 +230,10 @@ def spoiled_teacher(lab):
 
 def bf16(lab):
     found = {}
-    low = ["run.precision=bf16", "mask.source=online", "student.drop_path=0.3", "schedule.epochs=1.61"]  # 6 steps
+    low = ["run.precision=bf16", "mask.source=online", "student.drop_path=0.3", "schedule.epochs=1.07"]  # 4 steps
     for stage in (2, 3):
         codes = [lab.distill(f"bf16-whole-z{stage}", stage, *low)]
-        codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low, "schedule.stop_after=3"))
+        codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low, "schedule.stop_after=2"))
         codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low))
         with lab.session(f"bf16-look-z{stage}", stage, *low) as session:
             found[str(stage)] = {"codes": codes, "dtypes": _dtypes(session, lab)}

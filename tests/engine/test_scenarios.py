@@ -194,9 +194,9 @@ def test_a_checkpoint_of_two_ranks_loads_at_any_stage_and_number_of_ranks(
     assert_equal_tensors(loaded, saved)
 
     shards = open_shards(world.folder / "shards", "train")
-    for step in range(STOP, STOP + 5):
+    for step in range(STOP, STOP + 3):
         given = [sample for rank in range(ranks) for sample in micro_steps(found["ids"][rank], step - STOP, ranks)]
-        assert sorted(given) == sorted(global_batch(recipe, shards, step)[0])
+        assert given == global_batch(recipe, shards, step)[0]
     assert found["code"] == 75
     assert relative_difference(curve(name), curve("two-z2-store-0")[: STOP + 3]) <= 1e-5
 
@@ -283,7 +283,7 @@ def test_bf16_runs_keep_relations_in_float32_and_go_on_bit_for_bit(stage, two_ra
         "keep_indices": "int64",
     }
     losses = curve(f"bf16-whole-z{stage}")
-    assert len(losses) == 6
+    assert len(losses) == 4
     assert all(map(math.isfinite, losses))
     assert curve(f"bf16-cut-z{stage}") == losses
 
