@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 RANKS ?= 2
-DEEPSPEED := $(BIN)/deepspeed --num_gpus $(RANKS)
+# The demo is for CPUs, whatever the machine has.
+DEEPSPEED := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore::FutureWarning $(BIN)/deepspeed --quiet --num_gpus $(RANKS)
 DS ?= ds_configs/zero2.json
 
 .PHONY: demo test check clean
@@ -21,6 +22,10 @@ demo: $(READY)
 	$(DEEPSPEED) launch/train.py --recipe launch/recipes/demo_hybrid.yaml --ds_config $(DS)
 	$(BIN)/python launch/export.py --run demo/runs/hybrid --output demo/student.safetensors
 	$(BIN)/python launch/evaluate.py summary --run demo/runs/feature_only --run demo/runs/hybrid --output demo/summary.json
+	@echo
+	@echo "run folder:        demo/runs/hybrid"
+	@echo "curves:            $(BIN)/tensorboard --logdir demo/runs"
+	@echo "exported student:  demo/student.safetensors"
 
 test: $(READY)
 	$(BIN)/python -m pytest

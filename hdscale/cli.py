@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, NoReturn
 
 from hdscale.errors import UserError
@@ -36,4 +37,21 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on the process's own arguments and end the process."""
-    sys.exit(exit_code(main, sys.argv[1:]))
+    try:
+        code = exit_code(main, sys.argv[1:])
+    except Exception:
+        if not _among_ranks():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _among_ranks():
+        # A failed rank: taking the process group down properly would wait for ranks that wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _among_ranks() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported: this module is for light commands, too
+    return distributed is not None and distributed.is_initialized()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; return its exit code: 0 finished, 75 stopped after a whole part."""
+    """Run the command; return its exit code: 0 finished, 75 stopped, whole parts stay."""
     parser = argparse.ArgumentParser(prog="precompute_masks.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=ROOT / "launch/recipes/vit_l_in21k.yaml", help="YAML file")
     parser.add_argument("--teacher_ds_config", type=Path, default=ROOT / "ds_configs/teacher_zero3.json")

@@ -12,6 +12,7 @@ from pathlib import Path
 from hdscale.cli import run
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
+from hdscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--local_rank", help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as optim.lr=3e-4")
     options = parser.parse_intermixed_args(argv)
+    if options.smoke is not None and options.smoke < 1:
+        raise UserError(f"--smoke must be at least 1 step, got {options.smoke}")
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = load_ds_config(options.ds_config)
     teacher_ds_config = load_ds_config(options.teacher_ds_config, stages=(3,))
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
     check_hostfile()
     check_zero_section(options.ds_config, ds_config)
     check_zero_section(options.teacher_ds_config, teacher_ds_config)
-    if options.smoke:
+    if options.smoke is not None:
         return smoke(recipe, options.smoke, ds_config, teacher_ds_config, stream=sys.stdout)
     return distill(recipe, ds_config, teacher_ds_config, allow_change=options.allow_change, stream=sys.stderr)
 

@@ -17,13 +17,12 @@ from hdscale.engine.checkpoint import newest_checkpoint
 from hdscale.engine.engines import build_student_engine, student_ds_config
 from hdscale.engine.metrics import MetricsWriter
 from hdscale.engine.ranks import resolve_precision
-from hdscale.engine.run_folder import check_recipe_unchanged, mark_done, run_folder_of, write_run_folder
+from hdscale.engine.run_folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
 from hdscale.engine.schedule import Schedule, build_schedule
 from hdscale.engine.stop import StopFlag
 from hdscale.engine.trainer import Plan, Trainer, train
 from hdscale.engine.training_state import restore
 from hdscale.errors import UserError
-from hdscale.hashing import json_digest
 from hdscale.planning.flops import peak_flops
 from hdscale.progress import Progress
 
@@ -51,7 +50,7 @@ class Run(NamedTuple):
     schedule: Schedule
     accumulation: int
     precision: str
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, Any]
     checkpoint: Checkpoint | None
     flops_per_image: float | None = None  # of one training step, for the log's `mfu`
 
@@ -70,7 +69,6 @@ def plan_run(
     recipe: Recipe,
     ds_config: Mapping[str, Any],
     *,
-    teacher_digests: Mapping[str, str],
     allow_change: Sequence[str],
 ) -> Run:
     """Check a run against its data and against what its folder already holds.
@@ -78,7 +76,6 @@ def plan_run(
     Args:
         recipe: resolved.
         ds_config: checked file of `ds_configs/`.
-        teacher_digests: sha256 of each teacher's weights, by recipe section.
         allow_change: fields and fingerprints that may differ from the run's earlier start.
 
     Raises:
@@ -91,12 +88,8 @@ def plan_run(
         recipe.optim.global_batch_size, recipe.optim.micro_batch_size, planned_world_size()
     )
     precision = planned_precision(recipe)
-    fingerprints = {
-        "data": shards.digest,
-        "views": json_digest(view_fingerprint(recipe.data, recipe.run.seed)),
-        "precision": precision,
-        **teacher_digests,
-    }
+    views = view_fingerprint(recipe.data, recipe.run.seed)
+    fingerprints = {"data": shards.digest, "precision": precision, **{f"view {name}": views[name] for name in views}}
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         check_recipe_unchanged(folder, recipe, allow_change)
@@ -105,14 +98,23 @@ def plan_run(
     return Run(recipe, completed, folder, shards, schedule, accumulation, precision, fingerprints, checkpoint)
 
 
+def identify(run: Run, fingerprints: Mapping[str, str], allow_change: Sequence[str]) -> Run:
+    """Add what was not known yet, such as the teachers' digests, and check the checkpoint against it, too."""
+    if run.checkpoint is not None:
+        _check_fingerprints(run.checkpoint, fingerprints, allow_change)
+    return run._replace(fingerprints={**run.fingerprints, **fingerprints})
+
+
 def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
     """Build the training engine, from the run's checkpoint when it has one, and write what the run was asked for."""
+    _check_ranks_agree(run, ranks)
     if run.checkpoint is not None:
         module.load_state_dict(run.checkpoint.module_state())
     engine = build_student_engine(module, run.ds_config, run.recipe.optim)
     if run.checkpoint is not None:
         restore(engine, run.checkpoint)
     if ranks.is_first:
+        mark_done(run.folder, done=False)
         write_run_folder(run.folder, run.recipe, run.ds_config, ranks.world_size)
     dist.barrier()
     return engine
@@ -161,11 +163,7 @@ def train_run(
         done = train(trainer, iter(loader), metrics, StopFlag())
     if metrics is not None:
         metrics.close()
-    if done < total:
-        return EXIT_STOPPED
-    if ranks.is_first:
-        mark_done(run.folder)
-    return EXIT_DONE
+    return EXIT_DONE if done == total else EXIT_STOPPED
 
 
 def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, keep_indices: KeepIndices | None) -> TrainLoader:
@@ -201,15 +199,34 @@ def _plan(run: Run, ranks: Ranks, start: int, end: int) -> Plan:
     )
 
 
-def _check_fingerprints(checkpoint: Checkpoint, now: Mapping[str, str], allow_change: Sequence[str]) -> None:
+def _check_fingerprints(checkpoint: Checkpoint, now: Mapping[str, Any], allow_change: Sequence[str]) -> None:
     before = checkpoint.state["fingerprints"]
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and name not in allow_change:
+    for name in sorted(now):
+        if before.get(name) != now[name] and not is_allowed(name, allow_change):
             raise UserError(
                 f"{checkpoint.path}: was made with another {name} ({_short(before.get(name))}, now "
-                f"{_short(now.get(name))}): put it back, choose another run.name, or pass --allow-change {name}"
+                f"{_short(now[name])}): put it back, choose another run.name, or pass --allow-change {name!r}"
             )
 
 
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else digest[:12]
+def _short(value: Any) -> str:
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"sha256 {value[:12]}..." if is_digest else str(value)
+
+
+def _check_ranks_agree(run: Run, ranks: Ranks) -> None:
+    """Compare what each rank has found out alone: one that read another checkpoint would train another model."""
+    mine = {
+        "checkpoint step": None if run.checkpoint is None else run.checkpoint.step,
+        "gradient accumulation": run.accumulation,
+        **run.fingerprints,
+    }
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, mine)
+    for rank, other in enumerate(everyone):
+        for name in everyone[0]:
+            if other.get(name) != everyone[0][name]:
+                raise UserError(
+                    f"rank {rank} has another {name} ({_short(other.get(name))}) than rank 0 "
+                    f"({_short(everyone[0][name])}): give all machines the same files, devices and versions"
+                )

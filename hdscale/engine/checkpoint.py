@@ -83,7 +83,7 @@ def save_checkpoint(
     final = root / f"step-{state['step']:09d}"
     staging = root / f".staging-{final.name}"
     if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_abandoned(root, state["step"])
         staging.mkdir(parents=True)
     dist.barrier()
     name = f"student-{rank:05d}-of-{world_size:05d}.safetensors"
@@ -163,6 +163,18 @@ def _publish(staging: Path, final: Path) -> None:
     latest.write_text(final.name + "\n")
     _sync(latest)
     latest.rename(final.parent / _LATEST)
+
+
+def _remove_abandoned(root: Path, step: int) -> None:
+    """Remove what killed saves have left, and steps after this one: a run that came by here again started before them.
+
+    They would otherwise count as the newest when old ones are removed, whole or damaged.
+    """
+    for staging in root.glob(".staging-*"):
+        shutil.rmtree(staging)
+    for other, path in _list(root):
+        if other > step:
+            shutil.rmtree(path)
 
 
 def _remove_old(root: Path, keep: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from hdscale.cli import EXIT_DONE
 from hdscale.data.loader import view_fingerprint
 from hdscale.distiller import build_distiller
-from hdscale.engine.assembly import plan_run, start_engine, train_run
-from hdscale.engine.engines import build_teacher_engine, configure_checkpointing, full_state
+from hdscale.engine.assembly import identify, plan_run, start_engine, train_run
+from hdscale.engine.engines import build_teacher_engine, checkpoint_function, configure_checkpointing, full_state
 from hdscale.engine.ranks import distributed
+from hdscale.engine.run_folder import mark_done
 from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
 from hdscale.masking.progressive import expected_num_keep
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from hdscale.teachers.build import FrozenTeacher
     from hdscale.types import Batch, Targets
 
+_SECTIONS = ("feature_teacher", "relation_teacher")
+
 TEACHER_MASKS = ("progressive", "direct")
 """Strategies in which the relation teacher chooses the tokens."""
 
@@ -47,8 +51,7 @@ class Teachers(NamedTuple):
 
     def named(self) -> dict[str, FrozenTeacher]:
         """Return the teachers there are, by recipe section."""
-        both = {"feature_teacher": self.feature, "relation_teacher": self.relation}
-        return {name: teacher for name, teacher in both.items() if teacher is not None}
+        return {name: teacher for name, teacher in zip(_SECTIONS, self, strict=True) if teacher is not None}
 
 
 class Session(NamedTuple):
@@ -99,6 +102,8 @@ def distill(
         )
         if held_digests(session.hosted) != before:
             raise RuntimeError("a teacher's weights have changed during training: the run's targets cannot be trusted")
+        if code == EXIT_DONE and session.ranks.is_first:
+            mark_done(session.run.folder, done=True)
     return code
 
 
@@ -121,9 +126,12 @@ def start_session(
         open_store: takes run, relation teacher and number of patches; left out: `open_mask_store`.
     """
     grid_size = student_grid_size(recipe.student, recipe.data.img_size)
+    # Cheap checks first: teachers may be gigabytes from the network.
+    run = plan_run(recipe, ds_config, allow_change=allow_change)
     teachers = build_teachers(recipe, grid_size)
-    digests = {name: teacher.digest for name, teacher in teachers.named().items()}
-    run = plan_run(recipe, ds_config, teacher_digests=digests, allow_change=allow_change)
+    digests = dict.fromkeys(_SECTIONS, "none")
+    digests |= {name: teacher.digest for name, teacher in teachers.named().items()}
+    run = identify(run, digests, allow_change)
     store = (open_store or open_mask_store)(run, teachers.relation, grid_size**2)
     distiller = build_distiller(
         recipe.student,
@@ -134,10 +142,11 @@ def start_session(
         feature_dim=None if teachers.feature is None else teachers.feature.target_dim,
         relation_heads=None if teachers.relation is None else teachers.relation.num_heads,
         teacher_has_cls=teachers.relation is not None and teachers.relation.has_cls,
-        checkpoint_fn=configure_checkpointing(ds_config),
+        checkpoint_fn=checkpoint_function(ds_config),
     )
     run = run._replace(flops_per_image=_flops_per_image(recipe, distiller.student, teachers))
     with distributed() as ranks:
+        configure_checkpointing(ds_config, ranks.world_size)
         # The student's engine first: a teacher's process groups must not become its own.
         engine = start_engine(run, distiller, ranks)
         hosted = host_teachers(teachers, recipe, teacher_ds_config, run.precision, ranks)
@@ -156,6 +165,7 @@ def start_session(
 def _flops_per_image(recipe: Recipe, student: Student, teachers: Teachers) -> int:
     mask, patches = recipe.mask, student.grid_size**2
     depth = teachers.relation.depth if teachers.relation is not None else 0
+    is_projected = recipe.feature_teacher is not None and recipe.feature_teacher.target == "projected"
     mask_blocks = 0
     if masks_are_online(mask):
         stages = mask_stages(mask, depth)
@@ -167,11 +177,17 @@ def _flops_per_image(recipe: Recipe, student: Student, teachers: Teachers) -> in
         expected_num_keep(mask, patches, depth),
         recipe.relation.layers,
         mask_blocks,
+        linear_head=recipe.student.decoder == "linear",
+        projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
     )
 
 
 def _sizes(model: Student | FrozenTeacher) -> ViTSizes:
-    return ViTSizes(model.depth, model.embed_dim, model.grid_size**2, model.patch_size, model.num_prefix_tokens)
+    mlp = getattr(model.encoder.model.blocks[0], "mlp", None)  # a teacher of first-block relations has none left
+    mlp_ratio = 4.0 if mlp is None else mlp.fc1.out_features / model.embed_dim
+    return ViTSizes(
+        model.depth, model.embed_dim, model.grid_size**2, model.patch_size, model.num_prefix_tokens, mlp_ratio
+    )
 
 
 def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:

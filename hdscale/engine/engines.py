@@ -30,6 +30,12 @@ _TOKEN_PARAMETERS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 def check_zero_section(path: Path, ds_config: Mapping[str, Any]) -> None:
     """Refuse keys and values of `zero_optimization` that DeepSpeed would refuse, in one line."""
+    for section in ("offload_optimizer", "offload_param"):
+        if (ds_config["zero_optimization"].get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f"{path}: zero_optimization.{section}.device must be cpu or none, got nvme: checkpoints "
+                "do not read state from NVMe"
+            )
     try:
         DeepSpeedZeroConfig(**ds_config["zero_optimization"])
     except ValidationError as error:
@@ -72,7 +78,8 @@ def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: Op
     """Wrap the one trainable module; AdamW, or DeepSpeed's CPU AdamW where the config offloads the optimizer."""
     groups = parameter_groups(module, optim.weight_decay)
     settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    if "offload_optimizer" in ds_config["zero_optimization"]:
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") == "cpu":
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, **settings)
@@ -127,14 +134,16 @@ def _inner(module: nn.Module) -> nn.Module:
     return inner
 
 
-def configure_checkpointing(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
+def checkpoint_function(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
     """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own)."""
-    section = ds_config.get("activation_checkpointing")
-    if not section:
-        return None
-    config = {"train_batch_size": 1, "activation_checkpointing": section}
-    deepspeed.checkpointing.configure(None, deepspeed_config=config)
-    return deepspeed.checkpointing.checkpoint
+    return deepspeed.checkpointing.checkpoint if ds_config.get("activation_checkpointing") else None
+
+
+def configure_checkpointing(ds_config: Mapping[str, Any], world_size: int) -> None:
+    """Tell DeepSpeed's activation checkpointing its settings; the ranks must have met."""
+    if section := ds_config.get("activation_checkpointing"):
+        config = {"train_batch_size": world_size, "activation_checkpointing": section}
+        deepspeed.checkpointing.configure(None, deepspeed_config=config)
 
 
 def _create_moments(engine: Engine) -> None:

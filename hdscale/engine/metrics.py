@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -22,12 +23,15 @@ class MetricsWriter:
         path = run_folder / METRICS_FILE
         # Lines of steps that a resumed run makes again would stand there twice.
         kept = [line for line in read_metrics(run_folder) if line["step"] <= start_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        staged = path.with_suffix(".tmp")
+        staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        staged.replace(path)
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(run_folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Write one logged step; `metrics` has the keys of DESIGN's `metrics.jsonl`, None for what is unknown."""
+        """Write one logged step; a figure that is unknown or not finite is null."""
+        metrics = {name: value if _is_figure(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             if name != "step" and value is not None:
@@ -37,6 +41,10 @@ class MetricsWriter:
         """Flush both files."""
         self._file.close()
         self._tensorboard.close()
+
+
+def _is_figure(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: Te
         stream: where the first rank shows progress.
 
     Returns:
-        The exit code: done, or stopped on request after a whole part.
+        The exit code: done, or stopped on request; whole parts stay.
     """
     if recipe.mask.strategy not in TEACHER_MASKS:
         raise UserError(f"mask.strategy {recipe.mask.strategy} needs no stored masks; {' and '.join(TEACHER_MASKS)} do")
@@ -91,17 +91,17 @@ def _fill(writer: _Writer, stream: TextIO | None) -> int:
     stop = StopFlag()
     with Progress("masks", total, "masks", stream if ranks.is_first else None) as progress:
         for place, (view, part) in enumerate(missing):
-            packed = _part(writer, view, part, progress)
+            packed = _part(writer, view, part, progress, stop)
+            if packed is None:
+                return EXIT_STOPPED
             if place % ranks.world_size == ranks.rank:
                 store.write_part(view, part, packed)
-            if stop.any_rank():
-                return EXIT_STOPPED
     dist.barrier()
     return EXIT_DONE
 
 
-def _part(writer: _Writer, view: int, part: int, progress: Progress) -> np.ndarray:
-    """Compute one part on all ranks, each a stretch of it, and return it whole on every rank.
+def _part(writer: _Writer, view: int, part: int, progress: Progress, stop: StopFlag) -> np.ndarray | None:
+    """Compute one part on all ranks, each a stretch of it, and return it whole on every rank; None: stopped.
 
     Every rank runs the teacher equally often, on the last sample again where its stretch has ended: a sharded teacher
     waits for all ranks in each forward.
@@ -121,6 +121,8 @@ def _part(writer: _Writer, view: int, part: int, progress: Progress) -> np.ndarr
         kept = online_keep_indices(writer.teacher, images, writer.recipe.mask)
         rows.append(pack_indices(kept.cpu().numpy(), num_patches))
         progress(len(images) * ranks.world_size)
+        if stop.any_rank():
+            return None
     mine = torch.from_numpy(np.concatenate(rows)).to(ranks.device)
     everyone = torch.empty(ranks.world_size * stretch, row_bytes(num_patches), dtype=torch.uint8, device=ranks.device)
     dist.all_gather_into_tensor(everyone, mine)

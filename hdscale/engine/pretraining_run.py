@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hdscale.cli import EXIT_DONE
-from hdscale.engine.assembly import plan_run, start_engine, train_run
+from hdscale.engine.assembly import identify, plan_run, start_engine, train_run
 from hdscale.engine.checkpoint import require_checkpoint
 from hdscale.engine.ranks import distributed
+from hdscale.engine.run_folder import mark_done
 from hdscale.export import export_student
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
 from hdscale.student.build import build_student
@@ -41,7 +42,7 @@ def pretrain(
         allow_change: what may differ from the run's earlier start.
         stream: where the first rank shows progress.
     """
-    run = plan_run(recipe, ds_config, teacher_digests={"method": method}, allow_change=allow_change)
+    run = identify(plan_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
     module, prepare = _build(recipe, method, len(run.shards.classes))
     with distributed() as ranks:
         engine = start_engine(run, module, ranks)
@@ -49,6 +50,7 @@ def pretrain(
         if code == EXIT_DONE and ranks.is_first:
             state = require_checkpoint(run.folder).module_state()
             export_student(state, recipe.student, recipe.data.img_size, run.folder / ENCODER_FILE, kind=method)
+            mark_done(run.folder, done=True)
     return code
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,11 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils.logging import set_log_level_from_string
 
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_PR_SET_PDEATHSIG = 1
 
 _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
@@ -40,12 +45,14 @@ class Ranks(NamedTuple):
 def distributed() -> Iterator[Ranks]:
     """Join the process group that the launcher described, or make one of this process alone; leave it at the end.
 
-    Inside another such block, this is the same group, and the outer block leaves it.
+    Inside another such block, this is the same group, and the outer block leaves it. Workers end with their launcher.
     """
     if dist.is_initialized():
         yield _this_process()
         return
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        _follow_the_launcher()
+    else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -53,11 +60,17 @@ def distributed() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    set_log_level_from_string("warning")  # a run has its own log; DeepSpeed's repeats its configuration on every rank
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_RENDEZVOUS_TIMEOUT, verbose=False)
-    try:
-        yield _this_process()
-    finally:
-        dist.destroy_process_group()
+    yield _this_process()
+    # Not after an exception: the others may be waiting for this rank, and leaving would wait for them.
+    dist.destroy_process_group()
+
+
+def _follow_the_launcher() -> None:
+    """Get SIGTERM when the launcher dies: DeepSpeed's, killed, leaves its workers training."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _this_process() -> Ranks:
@@ -80,6 +93,8 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
             raise UserError("run.precision fp16 needs a GPU, and none is visible; use run.precision=fp32 or auto")
         return "fp32" if wanted == "auto" else wanted
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not has_bf16:
+        raise UserError("run.precision bf16 is emulated on this GPU, and slow; use run.precision=fp16 or auto")
     if wanted == "auto":
         return "bf16" if has_bf16 else "fp16"
     return wanted

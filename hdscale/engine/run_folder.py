@@ -31,15 +31,22 @@ def check_recipe_unchanged(folder: Path, recipe: Recipe, allow_change: Sequence[
     """Refuse to continue a run under a recipe that would change its result.
 
     Raises:
-        UserError: naming the first changed field that `allow_change` does not list.
+        UserError: naming the changed fields that `allow_change` does not list.
     """
     changes = changed_fields(load_run_recipe(folder), recipe)
-    for field, old, new in changes:
-        if field not in allow_change:
-            raise UserError(
-                f"{folder / RECIPE_FILE}: the run was started with {field}={old}, now it is {new}: "
-                f"set it back, choose another run.name, or pass --allow-change {field}"
-            )
+    refused = [change for change in changes if not is_allowed(change[0], allow_change)]
+    if refused:
+        differences = ", ".join(f"{field}={old} (now {new})" for field, old, new in refused)
+        flags = " ".join(f"--allow-change {field}" for field, *_ in refused)
+        raise UserError(
+            f"{folder / RECIPE_FILE}: the run was started with {differences}: "
+            f"set it back, choose another run.name, or pass {flags}"
+        )
+
+
+def is_allowed(name: str, allow_change: Sequence[str]) -> bool:
+    """Tell whether a field or fingerprint is listed, itself or by its section."""
+    return any(name == allowed or name.startswith(allowed + ".") for allowed in allow_change)
 
 
 def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any], world_size: int) -> None:
@@ -55,9 +62,12 @@ def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any],
         ) from error
 
 
-def mark_done(folder: Path) -> None:
-    """Write the completion marker: exit code 0 alone proves nothing under the launcher."""
-    (folder / "DONE").write_text("")
+def mark_done(folder: Path, *, done: bool) -> None:
+    """Write or remove the completion marker: exit code 0 alone proves nothing under the launcher."""
+    if done:
+        (folder / "DONE").write_text("")
+    else:
+        (folder / "DONE").unlink(missing_ok=True)
 
 
 def _environment(world_size: int) -> dict[str, Any]:
@@ -75,7 +85,9 @@ def _environment(world_size: int) -> dict[str, Any]:
 
 def _git_revision() -> str | None:
     here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return result.stdout.strip() or None

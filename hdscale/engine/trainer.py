@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
     from hdscale.engine.schedule import Schedule
     from hdscale.engine.stop import StopFlag
     from hdscale.progress import Progress
+
+
+_MAX_SKIPPED = 30
+"""In a row. A dynamic loss scale that starts at 2**16 may need 17 to come down to 1."""
 
 
 class Plan(NamedTuple):
@@ -82,12 +85,14 @@ def train(trainer: Trainer, batches: Iterator[Batch], metrics: MetricsWriter | N
     plan = trainer.plan
     meter = _Meter(trainer.ranks)
     step = saved = plan.start_step
+    skipped = _Skipped(trainer.engine.skipped_steps, 0)
     while step < plan.end_step:
         _set_lr(trainer.engine, plan.schedule.lr(step))
         for micro_step in range(plan.accumulation):
             seed_everything(plan.seed, step, micro_step, trainer.ranks.rank)
             meter.add(train_step(trainer.engine, trainer.prepare, to_device(meter.wait_for(batches), trainer.ranks)))
         step += 1
+        skipped = _count_skipped(trainer.engine, skipped)
         trainer.progress(1)
         stopping = stop.any_rank()
         if step % trainer.log.every_steps == 0 or step == plan.end_step or stopping:
@@ -129,7 +134,6 @@ class _Meter:
         self._waited = 0.0
         self._started = time.perf_counter()
         self._images = 0
-        self._paused = 0.0
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -169,8 +173,6 @@ class _Meter:
 def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: int) -> None:
     losses, rate, data_wait = meter.read()
     plan = trainer.plan
-    if not all(map(math.isfinite, losses)) and not _scaled(trainer.engine):
-        raise FloatingPointError(f"the loss is not finite at step {step}: {losses}; the last checkpoint is unharmed")
     if metrics is None:
         return
     samples = step * plan.global_batch_size
@@ -186,8 +188,9 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "loss_feature": losses.feature,
         "loss_relation": losses.relation,
         "lr": plan.schedule.lr(step - 1),
-        "grad_norm": None if norm is None or not math.isfinite(norm) else float(norm),
+        "grad_norm": None if norm is None else float(norm),
         "loss_scale": float(trainer.engine.optimizer.loss_scale),
+        "skipped_steps": trainer.engine.skipped_steps,
         "images_per_second": rate,
         "data_wait": data_wait,
         "mfu": mfu,
@@ -204,9 +207,25 @@ def peak_memory_gb(ranks: Ranks) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _scaled(engine: Engine) -> bool:
-    """Whether the engine itself skips steps with infinities (fp16's dynamic loss scale)."""
-    return engine.fp16_enabled()
+class _Skipped(NamedTuple):
+    total: int
+    in_a_row: int
+
+
+def _count_skipped(engine: Engine, before: _Skipped) -> _Skipped:
+    """Count the steps that DeepSpeed has left out on all ranks because a gradient was not finite.
+
+    Raises:
+        FloatingPointError: too many in a row: the run would go on for ever without learning.
+    """
+    now = engine.skipped_steps
+    in_a_row = before.in_a_row + 1 if now > before.total else 0
+    if in_a_row > _MAX_SKIPPED:
+        raise FloatingPointError(
+            f"{in_a_row} steps in a row had gradients that are not finite; the weights are unchanged since: lower "
+            "optim.lr, or use run.precision=fp32, and start again from the last checkpoint"
+        )
+    return _Skipped(now, in_a_row)
 
 
 def _set_lr(engine: Engine, lr: float) -> None:

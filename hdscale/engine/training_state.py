@@ -71,8 +71,11 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     for flat_state in engine.optimizer.optimizer.state.values():
         step = checkpoint.state["optimizer_step"]
         flat_state["step"] = torch.tensor(float(step)) if torch.is_tensor(flat_state["step"]) else step
-    for field, value in checkpoint.state["scaler"].items():
-        setattr(engine.optimizer.loss_scaler, field, value)
+    scaler = engine.optimizer.loss_scaler
+    was_dynamic = "cur_hysteresis" in checkpoint.state["scaler"]
+    if was_dynamic == hasattr(scaler, "cur_hysteresis"):  # else the run goes on in another precision
+        for field, value in checkpoint.state["scaler"].items():
+            setattr(scaler, field, value)
     engine.global_steps = checkpoint.step
 
 

@@ -106,6 +106,9 @@ def hybrid_step_flops(
     num_keep: int | None,
     relation_layers: Sequence[int] = (-3, -2),
     mask_blocks: int = 0,
+    *,
+    linear_head: bool = True,
+    projected_dim: int = 0,
 ) -> int:
     """FLOPs of one training step an image (Eq. 1): student forward and backward, each teacher once.
 
@@ -116,11 +119,14 @@ def hybrid_step_flops(
         num_keep: K, or None for all patches.
         relation_layers: blocks, negative from the end.
         mask_blocks: as in `relation_teacher_flops`; 0 when masks come from the store.
+        linear_head: the student has a Linear onto the feature target's width.
+        projected_dim: as in `feature_teacher_flops`.
     """
     relations = len(relation_layers) if relation_teacher else 0
-    total = student_step_flops(student, num_keep, feature_teacher.embed_dim if feature_teacher else 0, relations)
+    target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher and linear_head else 0
+    total = student_step_flops(student, num_keep, target_dim, relations)
     if feature_teacher:
-        total += feature_teacher_flops(feature_teacher, num_keep)
+        total += feature_teacher_flops(feature_teacher, num_keep, projected_dim)
     if relation_teacher:
         total += relation_teacher_flops(relation_teacher, num_keep, relation_layers, mask_blocks)
     return total
