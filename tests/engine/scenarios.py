@@ -101,10 +101,9 @@ def _hashes(store):
 def curves_of_two(lab):
     codes = {}
     for stage in (2, 3):
-        for source in ("store", "online"):
-            for every in (0, 1):
-                name = f"two-z{stage}-{source}-{every}"
-                codes[name] = lab.distill(name, stage, f"mask.source={source}", f"student.checkpoint_every={every}")
+        for source, every in (("store", 0), ("online", 1)):
+            name = f"two-z{stage}-{source}-{every}"
+            codes[name] = lab.distill(name, stage, f"mask.source={source}", f"student.checkpoint_every={every}")
         name = f"two-z{stage}-accumulated"
         codes[name] = lab.distill(name, stage, "optim.micro_batch_size=4")
     return codes
@@ -114,7 +113,6 @@ def curves_of_one(lab):
     codes = {}
     for name, stage, overrides in (
         ("one-z2-accumulated", 2, ["optim.micro_batch_size=4"]),
-        ("one-z2-store-0", 2, ["optim.micro_batch_size=16"]),
         ("one-z2-online-1", 2, ["optim.micro_batch_size=16", "mask.source=online", "student.checkpoint_every=1"]),
         ("one-z3-store-0", 3, ["optim.micro_batch_size=16"]),
     ):

@@ -24,9 +24,9 @@ from hdscale.teachers.weights import weights_digest
 from hdscale.types import Targets
 
 STEPS, BATCH, STOP = 20, 16, 4
-TWO = [f"two-z{z}-{source}-{every}" for z in (2, 3) for source in ("store", "online") for every in (0, 1)]
-TWO += ["two-z2-accumulated", "two-z3-accumulated"]
-ONE = ["one-z2-accumulated", "one-z2-store-0", "one-z2-online-1", "one-z3-store-0"]
+# The last number: student.checkpoint_every.
+TWO = [f"two-z{stage}-{how}" for stage in (2, 3) for how in ("store-0", "online-1", "accumulated")]
+ONE = ["one-z2-accumulated", "one-z2-online-1", "one-z3-store-0"]
 
 
 @pytest.fixture(scope="module")

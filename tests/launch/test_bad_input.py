@@ -19,7 +19,6 @@ from hdscale.cli import exit_code
 from hdscale.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from hdscale.data.index import open_shards
 from hdscale.data.loader import view_fingerprint
-from hdscale.hashing import json_digest
 from hdscale.masking.fingerprint import mask_fingerprint
 from hdscale.masking.store import MaskStore
 from hdscale.teachers.build import build_teacher
@@ -34,14 +33,18 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def spoiled(own_world):
+def spoiled(own_world, monkeypatch):
     """Return what a person sees of a command that fails in a world that the test has spoiled."""
 
-    def fail(capsys, *overrides, script="train", options=()):
+    def fail(capsys, *overrides, script="train", options=(), among_ranks=False):
         before = listing(own_world.folder)
         command = ["--recipe", str(own_world.recipe), *options, *overrides]
-        assert exit_code(SCRIPTS[script], command) == 2
-        assert not torch.distributed.is_initialized()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", os.environ.copy())
+            assert exit_code(SCRIPTS[script], command) == 2
+        assert torch.distributed.is_initialized() == among_ranks
+        if among_ranks:  # a command ends its process instead
+            torch.distributed.destroy_process_group()
         assert listing(own_world.folder) == before
         lines = capsys.readouterr().err.splitlines()
         messages = [line for line in lines if line.startswith("error: ")]
@@ -131,7 +134,7 @@ def test_masks_of_other_data_or_precision(name, own_world, spoiled, capsys):
 def test_precomputing_into_masks_of_another_teacher(own_world, spoiled, capsys):
     write_masks(own_world)
     other = f"relation_teacher.weights={own_world.folder}/feature.safetensors"
-    message = spoiled(capsys, other, script="precompute_masks")
+    message = spoiled(capsys, other, script="precompute_masks", among_ranks=True)
     assert has(message, "masks/manifest.json", "another relation teacher's weights", "mask.store=OTHER_FOLDER")
 
 
@@ -212,9 +215,10 @@ def write_run(world, *, steps=(4,), **fingerprints):
     folder = world.folder / "runs/run"
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
+    views = view_fingerprint(recipe.data, recipe.run.seed)
     now = {
         "data": open_shards(world.folder / "shards", "train").digest,
-        "views": json_digest(view_fingerprint(recipe.data, recipe.run.seed)),
+        **{f"view {name}": value for name, value in views.items()},
         "precision": "fp32",
         "feature_teacher": build_teacher(recipe.feature_teacher, grid_size=8).digest,
         "relation_teacher": build_teacher(recipe.relation_teacher, grid_size=8).digest,
@@ -231,19 +235,19 @@ def write_run(world, *, steps=(4,), **fingerprints):
 
 def plan(world, *overrides, allow_change=()):
     """Check the run as launch/train.py does, and start nothing."""
-    from hdscale.engine.assembly import plan_run
+    from hdscale.engine.assembly import identify, plan_run
     from hdscale.engine.distillation import build_teachers
 
     recipe = load_recipe(world.recipe, [ONLINE, *overrides])
     digests = {name: teacher.digest for name, teacher in build_teachers(recipe, 8).named().items()}
     config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
-    return plan_run(recipe, config, teacher_digests=digests, allow_change=allow_change)
+    return identify(plan_run(recipe, config, allow_change=allow_change), digests, allow_change)
 
 
 def test_a_recipe_that_changed_since_the_checkpoint(own_world, spoiled, capsys):
     folder = write_run(own_world)
     message = spoiled(capsys, ONLINE, "optim.lr=5e-4")
-    assert has(message, str(folder / RECIPE_FILE), "started with optim.lr=0.001, now it is 0.0005")
+    assert has(message, str(folder / RECIPE_FILE), "started with optim.lr=0.001 (now 0.0005)")
     assert has(message, "--allow-change optim.lr", "run.name")
     # Naming another field does not help, naming this one does.
     assert has(spoiled(capsys, ONLINE, "optim.lr=5e-4", options=["--allow-change", "optim.clip"]), "optim.lr")
@@ -255,13 +259,15 @@ def test_a_teacher_file_that_changed_since_the_checkpoint(own_world, spoiled, ca
     shutil.copy(own_world.folder / "relation.safetensors", own_world.folder / "feature.safetensors")
     message = spoiled(capsys, ONLINE)
     assert has(message, "checkpoints/step-000000004", "was made with another feature_teacher")
-    assert has(message, "--allow-change feature_teacher", "run.name")
+    assert has(message, "--allow-change 'feature_teacher'", "run.name")
     assert plan(own_world, allow_change=["feature_teacher"]).checkpoint.step == 4
 
 
 def test_shards_that_changed_since_the_checkpoint(own_world, spoiled, capsys):
     write_run(own_world, data="0" * 64)
-    assert has(spoiled(capsys, ONLINE), "was made with another data (000000000000, now ", "--allow-change data")
+    assert has(
+        spoiled(capsys, ONLINE), "was made with another data (sha256 000000000000..., now ", "--allow-change 'data'"
+    )
 
 
 def damage(folder, step, how):
