@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hdscale.data.manifest import Manifest, index_path, read_manifest
-from hdscale.data.staging import staged
 from hdscale.errors import UserError
+from hdscale.staging import staged
 
 if TYPE_CHECKING:
     from pathlib import Path

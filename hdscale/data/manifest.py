@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hdscale.data.staging import staged
 from hdscale.errors import UserError
+from hdscale.staging import staged
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,8 +26,8 @@ from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_inde
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
 from hdscale.data.pictures import BadPicture
 from hdscale.data.sources import Picture, Source, sample_key
-from hdscale.data.staging import remove_leftovers, staged
 from hdscale.errors import UserError
+from hdscale.staging import remove_leftovers, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from hdscale.errors import UserError
 from hdscale.masking.bits import row_bytes, rows_with_other_count, unpack_indices
+from hdscale.staging import remove_leftovers, staged
 
 FORMAT = 1
 """Of manifest and parts."""
@@ -29,7 +28,6 @@ PART_SIZE = 131_072
 OPEN_PARTS = 128
 """Parts a reader keeps mapped: one view of ImageNet-21K has 109, and each takes a file descriptor."""
 
-_MANIFEST_NAMES = ("manifest.json", "manifest.json.tmp")
 RUN_PRECOMPUTE = "run launch/precompute_masks.py"
 OTHER_STORE = f"{RUN_PRECOMPUTE} with mask.store=OTHER_FOLDER"
 
@@ -101,11 +99,12 @@ class MaskStore:
                 if wanted.views == found.views:
                     return cls(path, found)
             path.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _MANIFEST_NAMES)
+            remove_leftovers(path, "manifest.json")
+            foreign = sorted(entry.name for entry in path.iterdir())
             if foreign and not (path / "manifest.json").exists():
                 raise UserError(f"{path}: mask.store must be an empty folder, found {foreign[0]}: choose another")
-            text = json.dumps({"format": FORMAT, **wanted._asdict()}, indent=2)
-            _write_staged(path / "manifest.json", lambda file: file.write(text.encode()))
+            with staged(path / "manifest.json") as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, **wanted._asdict()}, indent=2))
         except OSError as error:
             raise UserError(f"{path}: mask.store cannot be written ({error.strerror}): choose another") from error
         return cls.open(path)
@@ -135,7 +134,9 @@ class MaskStore:
         assert not len(rows_with_other_count(packed, sizes.num_patches, sizes.num_keep)), "masks of another size"
         target = self._part_path(view, part)
         target.parent.mkdir(exist_ok=True)
-        _write_staged(target, lambda file: np.save(file, np.ascontiguousarray(packed)))
+        remove_leftovers(target.parent, target.name)
+        with staged(target) as temporary, temporary.open("wb") as file:
+            np.save(file, np.ascontiguousarray(packed))
 
     def keep_indices(self, sample_ids: np.ndarray | Tensor, view: int | np.ndarray | Tensor) -> Tensor:
         """Look masks up.
@@ -243,18 +244,3 @@ def _refuse_differences(path: Path, found: dict[str, Any], wanted: dict[str, Any
 def _short(value: Any) -> str:
     is_digest = isinstance(value, str) and len(value) == 64
     return f"sha256 {value[:12]}..." if is_digest else json.dumps(value)
-
-
-def _write_staged(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it is there whole or not at all, whatever stops the process or the machine."""
-    staged = target.with_name(target.name + ".tmp")
-    with staged.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hdscale.errors import UserError
+from hdscale.staging import staged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,15 +57,9 @@ def save_teacher_file(
         raise UserError(f"{path} must end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     about = json.dumps({"timm": dict(arch), "mean": list(mean), "std": list(std), "kind": kind}, sort_keys=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.staged")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    try:
-        save_file(tensors, staged, metadata={"hdscale": about, "format": "pt"})
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged(path) as temporary:
+        save_file(tensors, temporary, metadata={"hdscale": about, "format": "pt"})
 
 
 def load_teacher_file(path: str | Path, field: str) -> TeacherFile:

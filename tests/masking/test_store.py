@@ -114,12 +114,25 @@ def test_an_interrupted_store_is_continued_and_may_grow_by_views(tmp_path):
     assert fewer.manifest.views == 3
 
 
+def test_what_killed_runs_left_half_written_is_removed(tmp_path):
+    path = tmp_path / "masks"
+    path.mkdir()
+    (path / ".manifest.json.123.tmp").write_text("{")
+    made = MaskStore.create(path, fingerprint(), *SIZES)
+    (path / "view-0000").mkdir()
+    (path / "view-0000/.part-00000.npy.123.tmp").write_bytes(b"half")
+    fill(made)
+    assert list(path.rglob(".*")) == []
+    MaskStore.create(path, fingerprint(), *SIZES).check(fingerprint(), VIEWS)
+
+
 def test_a_write_that_fails_leaves_no_part_behind(tmp_path, monkeypatch):
     made = MaskStore.create(tmp_path / "masks", fingerprint(), *SIZES)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         fill(made, [(0, 0)])
     assert (0, 0) in made.missing_parts()
+    assert list((tmp_path / "masks").rglob("*.tmp")) == []
     monkeypatch.undo()
     fill(made)
     made.check(fingerprint(), VIEWS)
