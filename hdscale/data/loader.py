@@ -95,7 +95,7 @@ class TrainLoader:
         """Yield `accumulation` micro-batches a step.
 
         Raises:
-            UserError: a sample's bytes are damaged or cannot be decoded.
+            UserError: a sample's bytes are damaged or cannot be decoded, or `keep_indices` raised it.
         """
         return _raise_errors(self._loader)
 
@@ -186,10 +186,7 @@ class _TrainDataset(Dataset):
     def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
         sample_ids, epochs = samples_at(self._order, positions)
         views = view_number(self._config, epochs)
-        batch = _load(self._shards, self._config, self._seed, sample_ids, views, epochs)
-        if self._keep_indices is None or isinstance(batch, UserError):
-            return batch
-        return batch._replace(keep_indices=torch.as_tensor(self._keep_indices(sample_ids, views)))
+        return _load(self._shards, self._config, self._seed, sample_ids, views, epochs, self._keep_indices)
 
 
 class _SequentialDataset(Dataset):
@@ -202,15 +199,22 @@ class _SequentialDataset(Dataset):
 
 
 def _load(
-    shards: ShardSet, config: DataConfig, seed: int, sample_ids: np.ndarray, views: np.ndarray, epochs: np.ndarray
+    shards: ShardSet,
+    config: DataConfig,
+    seed: int,
+    sample_ids: np.ndarray,
+    views: np.ndarray,
+    epochs: np.ndarray,
+    keep_indices: KeepIndices | None = None,
 ) -> Batch | UserError:
-    """Read, decode and cut the samples of one batch; hand a user's error back instead of raising it.
+    """Read, decode and cut the samples of one batch and look their masks up; hand a user's error back, unraised.
 
     An exception that leaves a worker process is wrapped into a traceback of many lines; a value is not.
     """
     try:
         pairs = zip(sample_ids.tolist(), views.tolist(), strict=True)
         images = torch.stack([_picture(shards, config, seed, sample_id, view) for sample_id, view in pairs])
+        kept = None if keep_indices is None else torch.as_tensor(keep_indices(sample_ids, views))
     except UserError as error:
         return error
     return Batch(
@@ -219,7 +223,7 @@ def _load(
         sample_ids=torch.from_numpy(sample_ids),
         views=torch.from_numpy(views),
         epochs=torch.from_numpy(epochs),
-        keep_indices=None,
+        keep_indices=kept,
     )
 
 

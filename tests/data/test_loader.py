@@ -111,6 +111,17 @@ def test_kept_tokens_come_with_their_samples(train_loader):
         assert torch.equal(batch.keep_indices[:, 1], batch.sample_ids + batch.views + 1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_mask_ends_the_run_with_one_line(train_loader, view_config, workers):
+    def keep_indices(sample_ids, views):
+        raise UserError("masks/view-0000/part-00000.npy: delete this file")
+
+    config = view_config.model_copy(update={"workers": workers})
+    with pytest.raises(UserError) as caught:
+        next(iter(train_loader(config=config, keep_indices=keep_indices)))
+    assert str(caught.value) == "masks/view-0000/part-00000.npy: delete this file"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sequential_loader_shows_the_views_that_training_shows(train_loader, digits, view_config, workers):
     for batch in train_loader(start_step=28, num_steps=1):
