@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 
+if typing.TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 RECIPE_FILE = "recipe.yaml"
 
 # Fields that may differ between the starts of one run: they change where things lie, how fast they go or what is
@@ -55,6 +58,7 @@ def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Reci
         if not equals or not key:
             raise UserError(f"argument {override!r} must be key=value, such as optim.lr=3e-4")
         _set(values, key.split("."), _parse_value(override, text))
+        sources = {k: argument for k, argument in sources.items() if not k.startswith(key + ".")}
         sources[key] = override
     recipe = _validate(values, "the arguments" if path is None else str(path), sources)
     if not recipe.run.name:
@@ -86,6 +90,12 @@ def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field) and not _is_free(field)
     ]
+
+
+def is_known_field(name: str) -> bool:
+    """Tell whether a recipe has this section, such as `relation_teacher`, or field, such as `optim.lr`."""
+    parts = name.split(".")
+    return _known_parts(parts) == parts
 
 
 def _is_free(field: str) -> bool:
@@ -138,19 +148,44 @@ def _validate(values: dict[str, Any], where: str, sources: dict[str, str]) -> Re
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+    first = errors[0]
     location = [str(part) for part in first["loc"]]
-    field = ".".join(location)
-    where = f"argument {sources[field]!r}" if field in sources else where
+    prefixes = (".".join(location[:length]) for length in range(len(location), 0, -1))
+    where = next((f"argument {sources[prefix]!r}" for prefix in prefixes if prefix in sources), where)
     if first["type"] == "extra_forbidden":
-        raise UserError(f"{where}: unknown key {field}{_suggestion(location)}") from None
-    message = first["msg"].removeprefix("Value error, ")
-    for found, wanted in (("Input should be", "must be"), ("Field required", "is required")):
-        message = message.replace(found, wanted)
+        raise UserError(f"{where}: unknown key {'.'.join(location)}{_suggestion(location)}") from None
+    known = _known_parts(location)
+    message = _rule(errors, known)
     given = first["input"]
     got = "" if isinstance(given, dict) or ", got " in message else f", got {given!r}"
-    colon = ":" if first["type"] == "value_error" and field else ""
-    raise UserError(f"{where}: {field}{colon} {message}{got}".replace(":  ", ": "))
+    colon = ":" if first["type"] == "value_error" and len(known) == 1 else ""
+    raise UserError(f"{where}: {'.'.join(known)}{colon} {message}{got}".replace(":  ", ": "))
+
+
+def _rule(errors: typing.Sequence[ErrorDetails], known: list[str]) -> str:
+    """Say which rule the first error's value breaks; a union refuses a value once for each of its types."""
+    first, place = errors[0], errors[0]["loc"]
+    if first["type"] in ("missing", "too_long"):  # elements of a tuple: every field has a default
+        return f"must have {'more' if first['type'] == 'missing' else 'fewer'} elements"
+    in_union = len(place) > len(known) and isinstance(place[-1], str)
+    alternatives = [error for error in errors if error["loc"][:-1] == place[:-1]] if in_union else [first]
+    messages = [error["msg"].partition(", unable to parse")[0] for error in alternatives]
+    rules = [text.removeprefix("Value error, ").removeprefix("Input should be ") for text in messages]
+    must_be = "must be " if messages[0].startswith("Input should be ") else ""
+    return must_be + " or ".join(rules)
+
+
+def _known_parts(parts: list[str]) -> list[str]:
+    """Return the leading parts that name a section and its field: no types of a union, no places in a list."""
+    model: type[BaseModel] | None = Recipe
+    known: list[str] = []
+    for part in parts:
+        if model is None or part not in model.model_fields:
+            break
+        known.append(part)
+        model = _section(model.model_fields[part].annotation)
+    return known
 
 
 def _suggestion(location: list[str]) -> str:

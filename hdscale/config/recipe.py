@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 """A number in (0, 1]."""
@@ -47,7 +47,7 @@ class DataConfig(Section):
     """Shards that are mixed with each other under `windowed`."""
     img_size: int = Field(default=224, ge=1)
     """Side of the square view in pixels (paper, Section 4.1)."""
-    views: int | Literal["fresh"] = 4
+    views: Annotated[int, Field(ge=1)] | Literal["fresh"] = 4
     """Epoch e shows view e mod `views`, so that masks can be stored; `fresh` is a new view every epoch."""
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     """Area of the random resized crop, as a share of the image (dBOT)."""
@@ -58,13 +58,12 @@ class DataConfig(Section):
     workers: int = Field(default=8, ge=0)
     """Loader processes a rank; 0 decodes in the training process."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.views != "fresh" and self.views < 1:
-            raise ValueError(f"views must be at least 1 or fresh, got {self.views}")
-        if self.crop_scale[0] > self.crop_scale[1] or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError("crop_scale and crop_ratio must be two rising positive numbers")
-        return self
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be two rising positive numbers")
+        return value
 
 
 class StudentConfig(Section):
@@ -159,6 +158,11 @@ class MaskConfig(Section):
     images_per_forward: int = Field(default=16, ge=1)
     """The mask teacher always runs on exactly this many images (the last group is filled up): a matrix product rounds
     by its shape, and a different rounding could keep a different token. Part of the store's fingerprint."""
+
+    @property
+    def by_teacher(self) -> bool:
+        """Whether the relation teacher chooses the tokens, ahead of training or in the step."""
+        return self.strategy in ("direct", "progressive")
 
 
 class TargetsConfig(Section):
@@ -274,10 +278,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        needs_teacher = self.mask.strategy in ("direct", "progressive")
-        if needs_teacher and self.mask.source == "online" and self.relation_teacher is None:
+        if self.mask.by_teacher and self.mask.source == "online" and self.relation_teacher is None:
             raise ValueError(f"mask.strategy {self.mask.strategy} with mask.source online needs a relation_teacher")
-        if needs_teacher and self.mask.source == "store" and self.data.views == "fresh":
+        if self.mask.by_teacher and self.mask.source == "store" and self.data.views == "fresh":
             raise ValueError("mask.source store needs a number of data.views; fresh views need mask.source online")
         if self.schedule.warmup_epochs >= self.schedule.epochs:
             raise ValueError(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.config.loading import changed_fields, dump_recipe, load_recipe, load_run_recipe
+from hdscale.config.loading import changed_fields, dump_recipe, is_known_field, load_recipe, load_run_recipe
 from hdscale.errors import UserError
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -43,9 +43,15 @@ def test_an_override_replaces_one_field_and_makes_missing_sections():
         ("relation.loss=kl", ["relation: loss kl needs scale softmax, got scaled"]),
         ("relation.layers=[1, 1]", ["relation: layers must name different blocks, got [1, 1]"]),
         ("schedule.warmup_epochs=50", ["schedule.warmup_epochs must be below schedule.epochs 40, got 50"]),
-        ("data.views=0", ["data: views must be at least 1 or fresh, got 0"]),
+        ("data.views=0", ["'data.views=0': data.views must be greater than or equal to 1 or 'fresh', got 0"]),
+        ("data.views=abc", ["'data.views=abc': data.views must be a valid integer or 'fresh', got 'abc'"]),
         ("data.views=fresh", ["mask.source store needs a number of data.views"]),
-        ("data.crop_scale=[0.9, 0.1]", ["data: crop_scale and crop_ratio must be two rising positive numbers"]),
+        ("data.crop_scale=[0.9, 0.2]", ["]': data.crop_scale must be two rising positive numbers, got [0.9, 0.2]"]),
+        ("data.crop_ratio=[0, 1]", ["]': data.crop_ratio must be two rising positive numbers, got [0, 1]"]),
+        ("optim.betas=[0.9]", ["'optim.betas=[0.9]': optim.betas must have more elements, got [0.9]"]),
+        ("optim.betas=[0, 0, 0]", ["optim.betas must have fewer elements, got [0, 0, 0]"]),
+        ("optim.betas=[0.9, 2]", ["'optim.betas=[0.9, 2]': optim.betas must be less than 1, got 2"]),
+        ("optim={lrr: 1}", ["argument 'optim={lrr: 1}': unknown key optim.lrr", "did you mean optim.lr?"]),
         ("feature_teacher.source=file", ["feature_teacher: weights must be a file's path"]),
         ("feature_teacher.name=''", ["feature_teacher: name must say which timm model"]),
         ("optim.lr", ["must be key=value"]),
@@ -58,6 +64,29 @@ def test_each_mistake_in_an_override_gives_one_line_with_the_way_out(override, p
     with pytest.raises(UserError) as error:
         load_recipe(None, overrides)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_of_several_arguments_the_one_that_decided_is_blamed(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {eps: -1}")
+    for overrides, blamed in (
+        (["optim.lr=1", "optim.eps=1", "optim={lr: -1}"], "argument 'optim={lr: -1}': optim.lr"),
+        (["optim={lr: 1}", "optim.lr=-1"], "argument 'optim.lr=-1': optim.lr"),
+        (["optim.lr=1"], f"{path}: optim.eps"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_recipe(path, overrides)
+        assert str(error.value).startswith(blamed)
+
+
+def test_sections_and_their_fields_are_known_and_nothing_else():
+    assert all(map(is_known_field, ("relation_teacher", "relation_teacher.name", "optim.lr", "data.views")))
+    assert not any(map(is_known_field, ("", "lr", "optim.lrr", "optim.", "optim.lr.x", "data.views.int")))
+
+
+@pytest.mark.parametrize(("strategy", "by_teacher"), [("none", 0), ("random", 0), ("direct", 1), ("progressive", 1)])
+def test_two_mask_strategies_ask_the_relation_teacher(strategy, by_teacher):
+    assert load_recipe(None, [f"mask.strategy={strategy}"]).mask.by_teacher == bool(by_teacher)
 
 
 def test_online_masks_need_the_relation_teacher():
