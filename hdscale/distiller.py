@@ -15,6 +15,7 @@ from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.student.build import build_student
 from hdscale.student.heads import build_head
 from hdscale.types import LossTerms
+from hdscale.vit.tokens import relation_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,28 +84,16 @@ class Distiller(nn.Module):
     def _relation_term(self, output: ViTOutput, targets: Targets) -> Tensor:
         assert output.patch_tokens is not None
         assert len(output.queries) == len(targets.relations), "one teacher relation for each relation layer"
-        terms = [
-            relation_loss(
-                token_relation(
-                    self._relation_tokens(query), self._relation_tokens(key), self.relation.scale, self.relation.heads
-                ),
-                target,
-                self.loss.beta,
-                self.relation.loss,
+        terms = []
+        for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
+            query, key = (
+                relation_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation) for x in (query, key)
             )
-            for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True)
-        ]
+            relation = token_relation(query, key, self.relation.scale, self.relation.heads)
+            terms.append(relation_loss(relation, target, self.loss.beta, self.relation.loss))
         if not terms:
             return torch.zeros((), device=output.patch_tokens.device)
         return torch.stack(terms).mean()
-
-    def _relation_tokens(self, tokens: Tensor) -> Tensor:
-        """Drop registers, and the class token where relations leave it out: (B, A, P + K, E) to (B, A, S, E)."""
-        num_prefix = self.student.num_prefix_tokens
-        patches = tokens[:, :, num_prefix:]
-        if not self.cls_in_relation:
-            return patches
-        return tokens if num_prefix == 1 else torch.cat([tokens[:, :, :1], patches], dim=2)
 
 
 def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:

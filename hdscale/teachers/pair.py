@@ -11,7 +11,7 @@ from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.types import Targets
-from hdscale.vit.tokens import take_rows, token_rows
+from hdscale.vit.tokens import relation_tokens, take_rows, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,22 +103,16 @@ class TeacherPair:
     def _related(self, output: ViTOutput, num_patches: int) -> tuple[Tensor, ...]:
         """Turn Q and K of prefix and `num_patches` patch tokens into relations, per layer (B, A or 1, S, S)."""
         config = self.relation_config
-        pairs = zip(output.queries, output.keys, strict=True)
-        return tuple(
-            token_relation(self._tokens(query, num_patches), self._tokens(key, num_patches), config.scale, config.heads)
-            for query, key in pairs
-        )
-
-    def _tokens(self, tokens: Tensor, num_patches: int) -> Tensor:
-        """Drop registers, and the class token where relations leave it out: (B, A, P + K, E) to (B, A, S, E)."""
-        num_prefix = tokens.shape[2] - num_patches
-        patches = tokens[:, :, num_prefix:]
-        return torch.cat([tokens[:, :, :1], patches], dim=2) if self.cls_in_relation else patches
+        relations = []
+        for pair in zip(output.queries, output.keys, strict=True):
+            query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=self.cls_in_relation) for x in pair)
+            relations.append(token_relation(query, key, config.scale, config.heads))
+        return tuple(relations)
 
 
 def masks_are_online(mask: MaskConfig) -> bool:
     """Tell whether the relation teacher chooses tokens in the step."""
-    return mask.strategy in ("direct", "progressive") and mask.source == "online"
+    return mask.by_teacher and mask.source == "online"
 
 
 def online_keep_indices(relation: Callable[..., ViTOutput], images: Tensor, mask: MaskConfig) -> Tensor:

@@ -16,3 +16,13 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Gather tokens (B, S, D) or per-head tokens (B, A, S, E) at rows (B, R)."""
     index = rows.unsqueeze(-1) if x.ndim == 3 else rows[:, None, :, None]
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
+
+
+def relation_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
+    """Drop registers, and the class token unless `cls`: (B, A, P + K, E) to (B, A, S, E), S = K or 1 + K.
+
+    Student and teacher share it: row by row, their relations are of the same tokens.
+    """
+    if not cls:
+        return x[:, :, num_prefix_tokens:]
+    return x if num_prefix_tokens == 1 else torch.cat([x[:, :, :1], x[:, :, num_prefix_tokens:]], dim=2)
