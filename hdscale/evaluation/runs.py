@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hdscale.distiller import load_student
@@ -11,7 +12,6 @@ from hdscale.student.build import build_student
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -73,9 +73,23 @@ def summary_subjects(runs: Sequence[TrainedRun]) -> list[Subject]:
     return [
         Subject("raw pixels", "baseline", None),
         Subject("random student", "baseline", untrained.eval()),
-        *teachers.values(),
+        *_with_distinct_names(teachers),
         *students,
     ]
+
+
+def _with_distinct_names(teachers: Mapping[tuple[TeacherConfig, int], Subject]) -> list[Subject]:
+    """Append to names that teachers share what tells them apart: the file's folder, its path, or else a number."""
+    names = [subject.name for subject in teachers.values()]
+    subjects = []
+    for subject in teachers.values():
+        alike = [other.weights for (other, _), name in zip(teachers, names, strict=True) if name == subject.name]
+        place = names[: len(subjects)].count(subject.name)  # among those alike
+        folders = [Path(weights).parent.name for weights in alike]
+        numbers = [str(number) for number in range(1, len(alike) + 1)]
+        details = next(each for each in (folders, alike, numbers) if len(set(each) - {""}) == len(each))
+        subjects.append(subject if len(alike) == 1 else subject._replace(name=f"{subject.name} ({details[place]})"))
+    return subjects
 
 
 def _check_comparable(runs: Sequence[TrainedRun]) -> None:
