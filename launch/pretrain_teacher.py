@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hdscale.cli import run
 from hdscale.config.deepspeed import load_ds_config
-from hdscale.config.loading import load_recipe
+from hdscale.config.loading import check_allowed, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--local_rank", help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as optim.lr=3e-4")
     options = parser.parse_intermixed_args(argv)
+    check_allowed(options.allow_change)
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = load_ds_config(options.ds_config)
 

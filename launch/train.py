@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hdscale.cli import run
 from hdscale.config.deepspeed import load_ds_config
-from hdscale.config.loading import load_recipe
+from hdscale.config.loading import check_allowed, load_recipe
 from hdscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.smoke is not None and options.smoke < 1:
         raise UserError(f"--smoke must be at least 1 step, got {options.smoke}")
+    check_allowed(options.allow_change)
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = load_ds_config(options.ds_config)
     teacher_ds_config = load_ds_config(options.teacher_ds_config, stages=(3,))

@@ -98,6 +98,16 @@ def is_known_field(name: str) -> bool:
     return _known_parts(parts) == parts
 
 
+def check_allowed(names: typing.Sequence[str]) -> None:
+    """Refuse names for --allow-change that could never match: a misspelt one would be passed over in silence."""
+    for name in names:
+        if not (is_known_field(name) or name in ("precision", "method") or name.startswith("view ")):
+            raise UserError(
+                f"--allow-change {name} is no field or section of the recipe; take the name from the message that "
+                "refused the run"
+            )
+
+
 def _is_free(field: str) -> bool:
     return any(field == free or field.startswith(free + ".") for free in _FREE_FIELDS)
 

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("feature_teacher", "relation_teacher")
 
-TEACHER_MASKS = ("progressive", "direct")
-"""Strategies in which the relation teacher chooses the tokens."""
-
 
 class Teachers(NamedTuple):
     """The frozen models of a run, on the CPU, pruned to what the run takes from them."""
@@ -217,7 +214,7 @@ def open_mask_store(run: Run, teacher: FrozenTeacher | None, num_patches: int) -
         UserError: naming what differs.
     """
     recipe = run.recipe
-    if recipe.mask.strategy not in TEACHER_MASKS or recipe.mask.source != "store":
+    if not recipe.mask.by_teacher or recipe.mask.source != "store":
         return None
     store = MaskStore.open(recipe.mask.store)
     expected = store_fingerprint(recipe, run.shards, run.precision, teacher)

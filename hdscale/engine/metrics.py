@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from hdscale.staging import staged
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -23,9 +25,8 @@ class MetricsWriter:
         path = run_folder / METRICS_FILE
         # Lines of steps that a resumed run makes again would stand there twice.
         kept = [line for line in read_metrics(run_folder) if line["step"] <= start_step]
-        staged = path.with_suffix(".tmp")
-        staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        staged.replace(path)
+        with staged(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(run_folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
 

@@ -13,7 +13,7 @@ from hdscale.cli import EXIT_DONE, EXIT_STOPPED
 from hdscale.data.index import open_shards
 from hdscale.data.loader import SequentialLoader
 from hdscale.engine.assembly import planned_precision
-from hdscale.engine.distillation import TEACHER_MASKS, store_fingerprint
+from hdscale.engine.distillation import store_fingerprint
 from hdscale.engine.engines import build_teacher_engine
 from hdscale.engine.ranks import distributed
 from hdscale.engine.stop import StopFlag
@@ -47,8 +47,8 @@ def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: Te
     Returns:
         The exit code: done, or stopped on request; whole parts stay.
     """
-    if recipe.mask.strategy not in TEACHER_MASKS:
-        raise UserError(f"mask.strategy {recipe.mask.strategy} needs no stored masks; {' and '.join(TEACHER_MASKS)} do")
+    if not recipe.mask.by_teacher:
+        raise UserError(f"mask.strategy {recipe.mask.strategy} needs no stored masks; progressive and direct do")
     if recipe.data.views == "fresh":
         raise UserError("data.views fresh has no end to store: set a number of views, or train with mask.source=online")
     if recipe.relation_teacher is None:

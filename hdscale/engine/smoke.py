@@ -16,7 +16,7 @@ from hdscale.data.plan import PlanSettings, plan_splits
 from hdscale.data.sources import ImageFolder
 from hdscale.data.writer import SplitJob, write_split
 from hdscale.engine.assembly import planned_world_size, run_loader
-from hdscale.engine.distillation import TEACHER_MASKS, start_session, store_fingerprint
+from hdscale.engine.distillation import start_session, store_fingerprint
 from hdscale.engine.trainer import peak_memory_gb, seed_everything, to_device, train_step
 from hdscale.masking.bits import pack_indices
 from hdscale.masking.progressive import expected_num_keep
@@ -146,7 +146,7 @@ def _smoke_recipe(recipe: Recipe, folder: Path, world_size: int) -> Recipe:
 def _random_masks(run: Run, teacher: FrozenTeacher | None, num_patches: int) -> MaskStore | None:
     """Write a store with masks of the right size; what they keep does not change the cost."""
     mask, views = run.recipe.mask, run.recipe.data.views
-    if mask.strategy not in TEACHER_MASKS or mask.source != "store":
+    if not mask.by_teacher or mask.source != "store":
         return None
     fingerprint = store_fingerprint(run.recipe, run.shards, run.precision, teacher)
     assert teacher is not None, "store_fingerprint refuses that"

@@ -2,7 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.config.loading import changed_fields, dump_recipe, is_known_field, load_recipe, load_run_recipe
+from hdscale.config.loading import (
+    changed_fields,
+    check_allowed,
+    dump_recipe,
+    is_known_field,
+    load_recipe,
+    load_run_recipe,
+)
 from hdscale.errors import UserError
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -121,3 +128,9 @@ def test_changed_fields_lists_what_changes_the_result_and_nothing_else():
     assert "optim.lr" in fields
     assert "mask.strategy" in fields
     assert "relation_teacher.name" in fields
+
+
+def test_a_misspelt_name_for_allow_change_is_refused_and_known_names_pass():
+    check_allowed(["optim.lr", "relation_teacher", "data", "precision", "view decoder"])
+    with pytest.raises(UserError, match=r"--allow-change optim\.lrr is no field"):
+        check_allowed(["optim.lrr"])
