@@ -42,7 +42,7 @@ def attention_curves(
         grid_size: patches along one side.
         patch_size: side of a patch in pixels.
     """
-    distances, informations, seen = [], [], 0
+    distances, mutual_info, seen = [], [], 0
     for batch in loader:
         images = batch.images[: num_images - seen]
         with torch.no_grad():
@@ -52,12 +52,12 @@ def attention_curves(
             for query, key in zip(output.queries, output.keys, strict=True)
         ]
         distances.append(_layer_means([head_distance(a, grid_size, patch_size) for a in attention]) * len(images))
-        informations.append(_layer_means([normalized_mutual_information(a) for a in attention]) * len(images))
+        mutual_info.append(_layer_means([normalized_mutual_information(a) for a in attention]) * len(images))
         seen += len(images)
         if seen == num_images:
             break
     assert seen, "the loader gave no batch"
-    return AttentionCurves(_mean(distances, seen), _mean(informations, seen))
+    return AttentionCurves(_mean(distances, seen), _mean(mutual_info, seen))
 
 
 def _layer_means(values: list[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ def encode(images):
 
 def reference(query, key, patch_size):
     """Head distance and NMI of one image and layer, averaged over heads; loops in float64."""
-    distances, informations = [], []
+    distances, mutual_info = [], []
     for q, k in zip(query.double().numpy(), key.double().numpy(), strict=True):
         logits = q @ k.T / np.sqrt(q.shape[-1])
         attention = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -44,8 +44,8 @@ def reference(query, key, patch_size):
         marginal = joint.sum(axis=0)
         information = (joint * np.log(joint / (marginal[None] / len(attention)))).sum()
         entropies = -(marginal * np.log(marginal)).sum() * np.log(len(attention))
-        informations.append(information / np.sqrt(entropies))
-    return np.mean(distances), np.mean(informations)
+        mutual_info.append(information / np.sqrt(entropies))
+    return np.mean(distances), np.mean(mutual_info)
 
 
 @pytest.mark.parametrize("num_images", [5, 100])
