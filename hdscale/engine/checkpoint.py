@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hdscale.errors import UserError
+from hdscale.staging import flush, staged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +88,7 @@ def save_checkpoint(
     dist.barrier()
     name = f"student-{rank:05d}-of-{world_size:05d}.safetensors"
     save_file(dict(shard), staging / name)
-    _sync(staging / name)
+    flush(staging / name)
     digests: list[Any] = [None] * world_size
     dist.all_gather_object(digests, (name, _sha256(staging / name)))
     if rank == 0:
@@ -153,16 +153,14 @@ def require_checkpoint(run_folder: Path) -> Checkpoint:
 
 def _publish(staging: Path, final: Path) -> None:
     for file in staging.iterdir():
-        _sync(file)
-    _sync(staging)
+        flush(file)
+    flush(staging)
     if final.exists():  # a resumed run comes by the same step again: same content
         shutil.rmtree(final)
     staging.rename(final)
-    _sync(final.parent)
-    latest = final.parent / f".{_LATEST}"
-    latest.write_text(final.name + "\n")
-    _sync(latest)
-    latest.rename(final.parent / _LATEST)
+    flush(final.parent)
+    with staged(final.parent / _LATEST) as latest:
+        latest.write_text(final.name + "\n")
 
 
 def _remove_abandoned(root: Path, step: int) -> None:
@@ -191,11 +189,3 @@ def _list(root: Path) -> list[tuple[int, Path]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -203,9 +203,8 @@ def test_batch_sizes_that_do_not_divide(spoiled, capsys):
     assert has(message, "optim.global_batch_size", "optim.micro_batch_size x ranks = 6 x 1 = 6, got 16")
 
 
-def test_fp16_without_a_gpu(spoiled, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without GPU")
+def test_fp16_without_a_gpu(spoiled, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert has(spoiled(capsys, ONLINE, "run.precision=fp16"), "run.precision fp16 needs a GPU", "run.precision=fp32")
 
 
