@@ -6,11 +6,13 @@ epochs and the state of a resumed run is one number. Ranks and workers only choo
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hdscale.hashing import hash64
+from hdscale.hashing import hash64, hash_int
 
 if TYPE_CHECKING:
     from hdscale.config.recipe import DataConfig
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 _SHARD_KEY = 0x7368617264  # "shard": separates this use of the seed from the others
 _PLACE_KEY = 0x706C616365  # "place"
 _ROUNDS = 4
+_STRETCH = 1 << 15  # 256 KiB of int64
 
 
 class Order(Protocol):
@@ -40,7 +43,15 @@ def build_order(index: np.ndarray, config: DataConfig, seed: int) -> Order:
     """
     if config.order == "global":
         return GlobalOrder(len(index), seed)
-    return WindowedOrder(np.bincount(index["shard"]), config.window_shards, seed)
+    return WindowedOrder(_shard_sizes(index["shard"]), config.window_shards, seed)
+
+
+def _shard_sizes(shard_of_sample: np.ndarray) -> np.ndarray:
+    """Count the samples of each shard by binary search, which leaves most of a memory-mapped index on the disk."""
+    starts = [0]
+    while starts[-1] < len(shard_of_sample):
+        starts.append(bisect_left(shard_of_sample, len(starts), lo=starts[-1]))
+    return np.diff(starts)
 
 
 class GlobalOrder:
@@ -52,7 +63,7 @@ class GlobalOrder:
 
     def sample_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Return the samples at these places of that epoch."""
-        return permute(places, self.num_samples, int(hash64(self.seed, _PLACE_KEY, epoch)))
+        return permute(places, self.num_samples, hash_int(self.seed, _PLACE_KEY, epoch))
 
 
 class WindowedOrder:
@@ -69,29 +80,40 @@ class WindowedOrder:
         self._sizes = shard_sizes.astype(np.int64)
         self._first_ids = np.cumsum(self._sizes) - self._sizes
         self._layout: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._window: tuple[tuple[int, int], np.ndarray] | None = None
 
     def sample_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Return the samples at these places of that epoch."""
-        shards, starts = self._shards_of(epoch)
-        window_starts = starts[:: self.window_shards]
-        window_ends = np.append(window_starts[1:], self.num_samples)
         places = np.asarray(places, dtype=np.int64)
-        window = np.searchsorted(window_starts, places, side="right") - 1
-        mixed = np.empty_like(places)
-        for number in np.unique(window):
-            chosen = window == number
-            start, end = int(window_starts[number]), int(window_ends[number])
-            key = int(hash64(self.seed, _PLACE_KEY, epoch, int(number)))
-            mixed[chosen] = start + permute(places[chosen] - start, end - start, key)
-        turn = np.searchsorted(starts, mixed, side="right") - 1
-        return self._first_ids[shards[turn]] + mixed - starts[turn]
+        flat = places.ravel()
+        first_places = self._shards_of(epoch)[1][:: self.window_shards]
+        window = np.searchsorted(first_places, flat, side="right") - 1
+        by_window = np.argsort(window, kind="stable")
+        edges = np.flatnonzero(np.diff(window[by_window])) + 1
+        sample_ids = np.empty_like(flat)
+        for chosen in np.split(by_window, edges) if flat.size else ():
+            number = int(window[chosen[0]])
+            members = self._members_of(epoch, number)
+            key = hash_int(self.seed, _PLACE_KEY, epoch, number)
+            sample_ids[chosen] = members[permute(flat[chosen] - first_places[number], len(members), key)]
+        return sample_ids.reshape(places.shape)
+
+    def _members_of(self, epoch: int, window: int) -> np.ndarray:
+        """Return the sample ids of a window, shard after shard."""
+        if self._window is None or self._window[0] != (epoch, window):
+            turns = slice(window * self.window_shards, (window + 1) * self.window_shards)
+            shards = self._shards_of(epoch)[0][turns]
+            extents = zip(self._first_ids[shards].tolist(), self._sizes[shards].tolist(), strict=True)
+            ids = [np.arange(first, first + size) for first, size in extents]
+            self._window = ((epoch, window), np.concatenate(ids))
+        return self._window[1]
 
     def _shards_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return an epoch's shards in their order, and the place at which each of them starts."""
         # Kept for one epoch: 14,000 shards take a few milliseconds, and every batch asks.
         if self._layout is None or self._layout[0] != epoch:
             filled = np.flatnonzero(self._sizes)
-            turns = permute(np.arange(len(filled)), len(filled), int(hash64(self.seed, _SHARD_KEY, epoch)))
+            turns = permute(np.arange(len(filled)), len(filled), hash_int(self.seed, _SHARD_KEY, epoch))
             shards = filled[turns]
             self._layout = (epoch, shards, np.cumsum(self._sizes[shards]) - self._sizes[shards])
         return self._layout[1], self._layout[2]
@@ -115,21 +137,33 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
     assert n >= 1
     assert not values.size or (values.min() >= 0 and values.max() < n)
     half = ((n - 1).bit_length() + 1) // 2
-    flat = _feistel(values.ravel(), half, key)
-    outside = np.flatnonzero(flat >= n)
-    while len(outside):
-        flat[outside] = _feistel(flat[outside], half, key)
-        outside = outside[flat[outside] >= n]
-    return flat.reshape(values.shape)
+    scrambled = _scrambled(key, half)
+    permuted = np.empty(values.size, dtype=np.int64)
+    for start in range(0, values.size, _STRETCH):  # short enough for the processor's cache
+        flat = _feistel(values.ravel()[start : start + _STRETCH], scrambled)
+        outside = np.flatnonzero(flat >= n)
+        while len(outside):
+            again = _feistel(flat[outside], scrambled)
+            flat[outside] = again
+            outside = outside[again >= n]
+        permuted[start : start + _STRETCH] = flat
+    return permuted.reshape(values.shape)
 
 
-def _feistel(values: np.ndarray, half: int, key: int) -> np.ndarray:
-    mask = (1 << half) - 1
-    left, right = values >> half, values & mask
-    for round_number in range(_ROUNDS):
-        scrambled = (hash64(key, round_number, right) & np.uint64(mask)).astype(np.int64)
-        left, right = right, left ^ scrambled
-    return (left << half) | right
+@lru_cache(maxsize=8)
+def _scrambled(key: int, half: int) -> np.ndarray:
+    """Hash every half of a value for every round, once: (rounds, 2**half) int64, 4,096 halves for ImageNet-21K."""
+    halves = np.arange(1 << half, dtype=np.int64)
+    hashes = hash64(key, np.arange(_ROUNDS)[:, None], halves)
+    return (hashes & np.uint64(len(halves) - 1)).astype(np.int64)
+
+
+def _feistel(values: np.ndarray, scrambled: np.ndarray) -> np.ndarray:
+    halves = scrambled.shape[1]
+    left, right = values // halves, values % halves
+    for hashes in scrambled:
+        left, right = right, left ^ hashes[right]
+    return left * halves + right
 
 
 def positions_of(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from hdscale.hashing import hash64, uniform
+from hdscale.hashing import extend_hash, hash_int, uniform_int
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hdscale.config.recipe import DataConfig
 
 _VIEW_KEY = 0x76696577  # "view": separates this use of the seed from the others
@@ -52,12 +52,15 @@ def view_parameters(
         ratio: smallest and largest width over height.
         hflip: probability of a flip.
     """
-    numbers = np.arange(_TRIES * _DRAWS_PER_TRY + 1, dtype=np.int64)
-    draws = uniform(hash64(seed, _VIEW_KEY, view, sample_id, numbers)).tolist()
-    flip = draws[-1] < hflip
+    state = hash_int(seed, _VIEW_KEY, view, sample_id)
+
+    def draw(number: int) -> float:
+        return uniform_int(extend_hash(state, number))
+
+    flip = draw(_TRIES * _DRAWS_PER_TRY) < hflip
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for start in range(0, len(draws) - 1, _DRAWS_PER_TRY):
-        area_draw, ratio_draw, top_draw, left_draw = draws[start : start + _DRAWS_PER_TRY]
+    for start in range(0, _TRIES * _DRAWS_PER_TRY, _DRAWS_PER_TRY):
+        area_draw, ratio_draw, top_draw, left_draw = map(draw, range(start, start + _DRAWS_PER_TRY))
         area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
         aspect = math.exp(low + (high - low) * ratio_draw)
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -74,6 +74,28 @@ def test_a_resumed_loader_continues_where_the_other_would_have_gone(train_loader
         assert torch.equal(left[23 * 64 :], right)
 
 
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 1), (4, 0)])
+def test_a_loader_resumed_at_another_world_size_gives_the_same_global_batches(
+    train_loader, view_config, world_size, workers
+):
+    whole = train_loader(num_steps=60, micro_batch_size=32)  # more than two epochs
+    by_sample = [joined(whole)]
+    config = view_config.model_copy(update={"workers": workers})
+    sizes = {"start_step": 23, "num_steps": 37, "micro_batch_size": 8, "world_size": world_size, "config": config}
+    ranks = [joined(train_loader(rank=rank, **sizes)) for rank in range(world_size)]
+    for step in range(37):
+        expected, resumed = (
+            [torch.cat([fields[field][first : first + size] for fields in shares]) for field in range(5)]
+            for shares, first, size in (
+                (by_sample, (23 + step) * 64, 64),
+                (ranks, step * 64 // world_size, 64 // world_size),
+            )
+        )
+        orders = [fields[2].argsort(stable=True) for fields in (expected, resumed)]
+        for left, right in zip(expected, resumed, strict=True):
+            assert torch.equal(left[orders[0]], right[orders[1]])
+
+
 def test_a_batch_holds_what_its_ids_and_views_say(train_loader, digits, view_config):
     batches = list(train_loader(start_step=27, num_steps=2))  # straddles the first two epochs
     assert len(batches) == len(train_loader(start_step=27, num_steps=2)) == 8

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from hdscale.config.recipe import DataConfig
 from hdscale.data.order import GlobalOrder, WindowedOrder, build_order, permute, positions_of, samples_at
+from hdscale.data.plan import PlanSettings, plan_splits
+from hdscale.data.sources import Listing
 
 MASK64 = 2**64 - 1
 GOLDEN_GLOBAL = [154, 607, 290, 557, 904, 602]
@@ -43,6 +45,13 @@ def test_permute_agrees_with_plain_integers(n):
     assert permute(places, n, 12345).tolist() == [permute_one(int(place), n, 12345) for place in places]
 
 
+@pytest.mark.parametrize("n", [40_000, 70_001])  # longer than a stretch; 70,001 of 262,144 values walk far
+def test_many_places_at_once_are_permuted_as_one_by_one(n):
+    whole = permute(np.arange(n), n, 9)
+    assert np.array_equal(np.sort(whole), np.arange(n))
+    assert [int(permute(np.array([place]), n, 9)[0]) for place in range(0, n, 997)] == whole[::997].tolist()
+
+
 def test_permute_keeps_the_shape_of_its_places():
     places = np.arange(12).reshape(3, 4)
     assert np.array_equal(permute(places, 12, 3), permute(places.ravel(), 12, 3).reshape(3, 4))
@@ -69,6 +78,38 @@ def test_windowed_order_touches_few_shards_at_a_time():
     assert set.union(*touched) == set(range(12))
     # mixed inside the window, not one shard after another
     assert all(len(set(window[:20].tolist())) == 3 for window in windows)
+
+
+def test_windowed_order_takes_the_shards_of_every_epoch_in_another_order():
+    order = WindowedOrder(np.full(200, 3), 1, seed=4)
+    turns = [order.sample_ids(epoch, np.arange(0, 600, 3)) // 3 for epoch in range(5)]
+    for number, one in enumerate(turns):
+        assert np.array_equal(np.sort(one), np.arange(200))
+        assert all(np.mean(one == other) < 0.05 for other in turns[:number])
+
+
+def test_windowed_order_puts_samples_of_a_class_side_by_side_no_more_often_than_chance():
+    classes = np.repeat(np.arange(100), 300)
+    listing = Listing(tuple(map(str, range(100))), [f"{row}.jpg" for row in range(30_000)], classes, [])
+    labels = classes[plan_splits(listing, PlanSettings())["train"]]  # as make_shards packs them
+    index = np.zeros(30_000, dtype=[("shard", "<u4")])
+    index["shard"] = np.arange(30_000) // 100
+    order = build_order(index, DataConfig(), seed=0)
+    assert isinstance(order, WindowedOrder)
+    chance = 299 / 29_999
+    for epoch in range(3):
+        shown = labels[order.sample_ids(epoch, np.arange(30_000))]
+        neighbours = np.mean(shown[1:] == shown[:-1])
+        assert neighbours < chance + 3 * (chance / 30_000) ** 0.5
+
+
+@given(sizes=shard_sizes)
+def test_shards_are_counted_from_the_index(sizes):
+    index = np.zeros(sum(sizes), dtype=[("shard", "<u4")])
+    index["shard"] = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(sum(sizes))
+    expected = WindowedOrder(np.array(sizes), 3, seed=2).sample_ids(1, places)
+    assert np.array_equal(build_order(index, DataConfig(window_shards=3), seed=2).sample_ids(1, places), expected)
 
 
 def test_windowed_order_does_not_depend_on_which_places_are_asked_for():
@@ -112,3 +153,28 @@ def test_positions_straddle_epochs():
     assert epochs.tolist() == [0] * 2 + [1] * 10 + [2] * 10 + [3] * 2
     assert ids[2:12].tolist() == order.sample_ids(1, np.arange(10)).tolist()
     assert ids[:2].tolist() == order.sample_ids(0, np.array([8, 9])).tolist()
+
+
+@given(
+    sizes=shard_sizes,
+    window=st.integers(1, 15),
+    shares=st.lists(st.sampled_from([(1, 1, 12), (1, 3, 4), (2, 2, 3), (3, 4, 1), (4, 3, 1), (6, 1, 2)]), min_size=1),
+    steps_each=st.integers(1, 9),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_stopping_and_going_on_at_any_world_size_changes_no_global_batch(sizes, window, shares, steps_each, seed):
+    order, undisturbed = (WindowedOrder(np.array(sizes), window, seed) for _ in range(2))
+    shown = []
+    for start, (world_size, micro, accumulation) in enumerate(shares):  # one start of the run after another
+        for step in range(start * steps_each, (start + 1) * steps_each):
+            ranks = [positions_of(step, rank, world_size, micro, accumulation) for rank in range(world_size)]
+            batch = [np.stack(samples_at(order, positions.ravel())) for positions in ranks]
+            shown.append(np.concatenate(batch, axis=1))
+    whole = np.stack(samples_at(undisturbed, np.arange(12 * len(shown))))
+    for step, batch in enumerate(shown):
+        expected = whole[:, 12 * step : 12 * (step + 1)]
+        assert sorted(batch.T.tolist()) == sorted(expected.T.tolist())
+    ids, epochs = whole
+    for epoch in range(epochs[-1]):
+        assert np.array_equal(np.sort(ids[epochs == epoch]), np.arange(order.num_samples))
