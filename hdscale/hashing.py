@@ -50,7 +50,7 @@ def hash_int(*parts: int) -> int:
 def extend_hash(state: int, *parts: int) -> int:
     """Hash further integers into what `hash_int` has returned for those before them."""
     for part in parts:
-        z = ((state ^ (part & _64_BITS)) + _GOLDEN) & _64_BITS
+        z = ((state ^ part) + _GOLDEN) & _64_BITS
         z = ((z ^ (z >> 30)) * _MIX1) & _64_BITS
         z = ((z ^ (z >> 27)) * _MIX2) & _64_BITS
         state = z ^ (z >> 31)
