@@ -11,7 +11,8 @@ import torchvision
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image
 
-from hdscale.data.pictures import is_plain, open_picture, to_rgb
+from hdscale.data.jpeg import decode_jpeg_region, jpeg_decoder_version
+from hdscale.data.pictures import check_size, is_plain, is_plain_png, open_picture, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,8 @@ INTERPOLATION = "bicubic antialias uint8"
 
 def decoder_version() -> str:
     """Name the decoders and their versions: other versions may give other pixels."""
-    return f"torchvision {torchvision.__version__}, torch {torch.__version__}, pillow {PIL.__version__}"
+    versions = f"torchvision {torchvision.__version__}, torch {torch.__version__}, pillow {PIL.__version__}"
+    return f"{jpeg_decoder_version()}, {versions}"
 
 
 def decode_rgb(data: bytes) -> Tensor:
@@ -39,47 +41,48 @@ def decode_rgb(data: bytes) -> Tensor:
     Raises:
         BadPicture: nobody can decode it.
     """
-    image = open_picture(data)
-    if is_plain(image, data):
+    if is_plain_png(data) or is_plain(open_picture(data), data):
         try:
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:
             pass  # stricter than Pillow
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)  # (3, H, W)
+    return torch.from_numpy(np.array(to_rgb(open_picture(data)))).permute(2, 0, 1)  # (3, H, W)
 
 
-def train_view(image: Tensor, parameters: ViewParameters, img_size: int) -> Tensor:
-    """Cut the crop out of a picture, resize it and flip it.
+def decode_view(data: bytes, size: tuple[int, int], parameters: ViewParameters, img_size: int) -> Tensor:
+    """Decode a view of a picture of any mode: cut the box out, resize it, flip it.
 
     Args:
-        image: (3, H, W) uint8.
-        parameters: from `view_parameters`.
+        data: the stored bytes.
+        size: width and height that the index gives for the picture.
+        parameters: the box, inside that size, and the flip.
         img_size: side of the result, in pixels.
 
     Returns:
-        (3, img_size, img_size) uint8, contiguous.
+        (3, img_size, img_size) uint8, RGB.
+
+    Raises:
+        BadPicture: nobody can decode it, or it has another size.
     """
-    left, top, width, height, flip = parameters
-    resized = _resize(image[:, top : top + height, left : left + width], img_size)
-    return (resized.flip(-1) if flip else resized).contiguous()
+    resized = _resize(decode_crop(data, size, parameters), img_size)
+    return resized.flip(-1) if parameters.flip else resized
 
 
-def eval_view(image: Tensor, img_size: int) -> Tensor:
-    """Return the central square of a picture, resized: the view of held-out samples.
-
-    Cropping before resizing bounds the memory of a long, thin picture.
-
-    Args:
-        image: (3, H, W) uint8.
-        img_size: side of the result, in pixels.
+def decode_crop(data: bytes, size: tuple[int, int], box: ViewParameters) -> Tensor:
+    """Decode a box: the pixels of `decode_rgb`, bit by bit, at a lower price where that is possible.
 
     Returns:
-        (3, img_size, img_size) uint8, contiguous.
+        (3, box.height, box.width) uint8, RGB, not flipped.
+
+    Raises:
+        BadPicture: as `decode_view`.
     """
-    height, width = image.shape[1:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image[:, top : top + side, left : left + side], img_size).contiguous()
+    region = decode_jpeg_region(data, size, box)
+    if region is not None:
+        return torch.from_numpy(region).permute(2, 0, 1)
+    image = decode_rgb(data)
+    check_size(image.shape[2], image.shape[1], size)
+    return image[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def _resize(image: Tensor, img_size: int) -> Tensor:

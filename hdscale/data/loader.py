@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hdscale.data.decode import INTERPOLATION, decode_rgb, decoder_version, eval_view, train_view
+from hdscale.data.decode import INTERPOLATION, decode_view, decoder_version
 from hdscale.data.order import positions_of, samples_at
 from hdscale.data.pictures import BadPicture
-from hdscale.data.views import VIEW_ALGORITHM, view_number, view_parameters
+from hdscale.data.views import VIEW_ALGORITHM, central_square, view_number, view_parameters
 from hdscale.errors import UserError
 from hdscale.types import Batch
 
@@ -229,20 +229,20 @@ def _load(
 
 def _picture(shards: ShardSet, config: DataConfig, seed: int, sample_id: int, view: int) -> Tensor:
     """Return one sample in one view, (3, S, S) uint8."""
+    record = shards.index[sample_id]
+    width, height = size = int(record["width"]), int(record["height"])
+    if view == EVAL_VIEW:
+        parameters = central_square(width, height)
+    else:
+        scale, ratio = config.crop_scale, config.crop_ratio
+        parameters = view_parameters(seed, view, sample_id, width, height, scale=scale, ratio=ratio, hflip=config.hflip)
     try:
-        image = decode_rgb(shards.read(sample_id))
+        return decode_view(shards.read(sample_id), size, parameters, config.img_size)
     except BadPicture as error:
         raise UserError(
             f"{shards.describe(sample_id)} {error}: make the shards again with data_tools/make_shards.py, "
             "which leaves such pictures out"
         ) from error
-    if view == EVAL_VIEW:
-        return eval_view(image, config.img_size)
-    height, width = image.shape[1:]
-    parameters = view_parameters(
-        seed, view, sample_id, width, height, scale=config.crop_scale, ratio=config.crop_ratio, hflip=config.hflip
-    )
-    return train_view(image, parameters, config.img_size)
 
 
 def _data_loader(dataset: Dataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:

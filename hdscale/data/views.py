@@ -72,6 +72,12 @@ def view_parameters(
     return ViewParameters((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height, flip)
 
 
+def central_square(width: int, height: int) -> ViewParameters:
+    """Return the view of held-out samples; cropping before resizing bounds the memory of a long, thin picture."""
+    side = min(width, height)
+    return ViewParameters((width - side) // 2, (height - side) // 2, side, side, flip=False)
+
+
 def _central_size(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Return the largest box whose shape is allowed: what a long, thin picture gets."""
     if width / height < ratio[0]:

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from hdscale.data import pictures
-from hdscale.data.decode import decode_rgb, decoder_version, eval_view, train_view
+from hdscale.data.decode import decode_crop, decode_rgb, decode_view, decoder_version
 from hdscale.data.pictures import BadPicture
-from hdscale.data.views import ViewParameters
+from hdscale.data.views import ViewParameters, central_square
 
 
 def scene(height=40, width=60, channels=3):
@@ -112,10 +112,10 @@ def test_one_bit_pictures_become_black_and_white():
 
 @pytest.mark.parametrize("img_size", [1, 7, 32])
 def test_a_picture_of_one_pixel_fills_its_view(img_size):
-    image = decode_rgb(encoded(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG"))
-    for view in (train_view(image, ViewParameters(0, 0, 1, 1, True), img_size), eval_view(image, img_size)):
-        assert view.shape == (3, img_size, img_size)
-        assert view.flatten(1).unique(dim=1).T.tolist() == [[10, 20, 30]]
+    data = encoded(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG")
+    view = decode_view(data, (1, 1), ViewParameters(0, 0, 1, 1, flip=True), img_size)
+    assert view.shape == (3, img_size, img_size)
+    assert view.flatten(1).unique(dim=1).T.tolist() == [[10, 20, 30]]
 
 
 def test_what_the_fast_decoder_refuses_goes_to_pillow(monkeypatch):
@@ -151,29 +151,44 @@ def test_a_file_cut_short_is_refused(kind):
 
 
 @pytest.mark.parametrize("box", [(5, 3, 50, 30), (0, 0, 60, 40), (30, 20, 4, 3)])
-def test_train_view_agrees_with_pillows_bicubic(box):
+def test_a_view_agrees_with_pillows_bicubic(box):
     left, top, width, height = box
-    image = torch.from_numpy(scene().copy()).permute(2, 0, 1)
-    view = train_view(image, ViewParameters(*box, flip=False), 16)
+    data = encoded(Image.fromarray(scene()), "PNG")
+    view = decode_view(data, (60, 40), ViewParameters(*box, flip=False), 16)
     crop = Image.fromarray(scene()).crop((left, top, left + width, top + height))
     expected = np.asarray(crop.resize((16, 16), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(view.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
-    assert view.is_contiguous()
 
 
-def test_a_flipped_view_is_the_mirror_image():
-    image = torch.from_numpy(scene().copy()).permute(2, 0, 1)
-    straight, flipped = (train_view(image, ViewParameters(5, 3, 40, 30, flip), 16) for flip in (False, True))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_flipped_view_is_the_mirror_image(kind):
+    data = encoded(Image.fromarray(scene()), kind)
+    boxes = [ViewParameters(5, 3, 40, 30, flip) for flip in (False, True)]
+    straight, flipped = (decode_view(data, (60, 40), box, 16) for box in boxes)
     assert torch.equal(flipped, straight.flip(2))
     assert not torch.equal(flipped, straight)
 
 
-def test_eval_view_takes_the_central_square():
-    image = torch.from_numpy(scene(40, 61).copy()).permute(2, 0, 1)
-    expected = Image.fromarray(scene(40, 61)[:, 10:50]).resize((16, 16), Image.Resampling.BICUBIC)
-    difference = eval_view(image, 16).permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
-    assert np.abs(difference).max() <= 1
-    assert torch.equal(eval_view(image, 40), image[:, :, 10:50])
+def test_a_box_of_the_views_size_is_not_resampled():
+    data = encoded(Image.fromarray(scene(40, 61)), "PNG")
+    view = decode_view(data, (61, 40), central_square(61, 40), 40)
+    assert np.array_equal(view.permute(1, 2, 0).numpy(), scene(40, 61)[:, 10:50])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("box", [(5, 3, 50, 30), (59, 0, 1, 40), (0, 39, 60, 1)])
+def test_a_crop_has_the_pixels_of_the_whole_picture(kind, box):
+    left, top, width, height = box
+    data = encoded(Image.fromarray(scene()), kind)
+    crop = decode_crop(data, (60, 40), ViewParameters(*box, flip=True))
+    assert torch.equal(crop, decode_rgb(data)[:, top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_of_another_size_than_the_index_says_is_refused(kind):
+    data = encoded(Image.fromarray(scene()), kind)
+    with pytest.raises(BadPicture, match="is 60 x 40 pixels, not 60 x 41 as the index says"):
+        decode_crop(data, (60, 41), ViewParameters(0, 0, 60, 40, flip=False))
 
 
 def test_the_decoders_name_carries_versions():

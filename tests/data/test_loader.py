@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.data.decode import decode_rgb, eval_view, train_view
+from hdscale.data.decode import decode_view
 from hdscale.data.index import open_shards
 from hdscale.data.loader import EVAL_VIEW, SequentialLoader, TrainLoader, accumulation_steps, view_fingerprint
 from hdscale.data.order import build_order
-from hdscale.data.views import view_parameters
+from hdscale.data.views import central_square, view_parameters
 from hdscale.errors import UserError
 
 SEED = 11
@@ -108,7 +108,7 @@ def test_a_batch_holds_what_its_ids_and_views_say(train_loader, digits, view_con
         for image, label, sample_id, view in zip(*batch[:4], strict=True):
             assert label == digits.index["label"][sample_id]
             box = view_parameters(SEED, int(view), int(sample_id), 8, 8)
-            expected = train_view(decode_rgb(digits.read(int(sample_id))), box, view_config.img_size)
+            expected = decode_view(digits.read(int(sample_id)), (8, 8), box, view_config.img_size)
             assert torch.equal(image, expected)
 
 
@@ -163,7 +163,7 @@ def test_sequential_loader_without_a_view_shows_whole_pictures(digits, view_conf
     assert len(loader) == 2
     assert torch.cat([batch.sample_ids for batch in batches]).tolist() == list(range(3, 10))
     assert batches[0].views.tolist() == [EVAL_VIEW] * 4
-    assert torch.equal(batches[1].images[0], eval_view(decode_rgb(digits.read(7)), 8))
+    assert torch.equal(batches[1].images[0], decode_view(digits.read(7), (8, 8), central_square(8, 8), 8))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from hdscale.config.recipe import DataConfig
-from hdscale.data.views import view_number, view_parameters
+from hdscale.data.views import central_square, view_number, view_parameters
 
 GOLDEN_VIEWS = [
     (80, 41, 401, 327, True),
@@ -73,3 +73,10 @@ def test_epochs_repeat_views_unless_they_are_fresh():
     epochs = np.arange(6)
     assert view_number(DataConfig(views=4), epochs).tolist() == [0, 1, 2, 3, 0, 1]
     assert view_number(DataConfig(views="fresh"), epochs).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"), [(61, 40, (10, 0, 40, 40)), (40, 61, (0, 10, 40, 40)), (1, 9, (0, 4, 1, 1))]
+)
+def test_held_out_samples_show_their_central_square(width, height, box):
+    assert central_square(width, height) == (*box, False)
