@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image
 
 from hdscale.data.jpeg import decode_jpeg_region, jpeg_decoder_version
-from hdscale.data.pictures import check_size, is_plain, is_plain_png, open_picture, to_rgb
+from hdscale.data.pictures import check_size, is_plain, open_picture, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,9 @@ def decoder_version() -> str:
 def decode_rgb(data: bytes) -> Tensor:
     """Decode a picture of any mode.
 
-    JPEG and PNG of 8 bits, grey or RGB, take torchvision's fast decoder; CMYK, 16 bits, palettes, transparency (over
-    white) and WebP take Pillow, and so does what the fast decoder refuses. The bytes alone decide.
+    JPEG of 8 bits, grey or RGB, takes torchvision's fast decoder; everything else takes Pillow (transparency goes over
+    white), and so does what the fast decoder refuses. PNG does, too: torchvision 0.29 dies of a segmentation fault, and
+    the run with it, where a PNG file has fewer rows than its header says. The bytes alone decide.
 
     Returns:
         (3, H, W) uint8, RGB.
@@ -41,12 +42,13 @@ def decode_rgb(data: bytes) -> Tensor:
     Raises:
         BadPicture: nobody can decode it.
     """
-    if is_plain_png(data) or is_plain(open_picture(data), data):
+    image = open_picture(data)
+    if is_plain(image, data) and image.format != "PNG":
         try:
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:
             pass  # stricter than Pillow
-    return torch.from_numpy(np.array(to_rgb(open_picture(data)))).permute(2, 0, 1)  # (3, H, W)
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)  # (3, H, W)
 
 
 def decode_view(data: bytes, size: tuple[int, int], parameters: ViewParameters, img_size: int) -> Tensor:

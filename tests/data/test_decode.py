@@ -122,9 +122,10 @@ def test_what_the_fast_decoder_refuses_goes_to_pillow(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise RuntimeError("no")
 
-    data = encoded(Image.fromarray(scene()), "PNG")
+    data = encoded(Image.fromarray(scene()), "JPEG")
+    expected = decoded(data)
     monkeypatch.setattr("hdscale.data.decode.decode_image", refuse)
-    assert np.array_equal(decoded(data), scene())
+    assert np.abs(decoded(data) - expected).max() <= 2
 
 
 def test_a_picture_that_claims_too_many_pixels_is_refused_before_it_is_decoded():
@@ -141,6 +142,11 @@ def test_the_limit_on_pixels_is_our_own(monkeypatch):
 def test_bytes_of_no_known_format_are_refused():
     with pytest.raises(BadPicture, match="is none of JPEG, PNG"):
         decode_rgb(b"not a picture")
+
+
+def test_a_png_file_with_fewer_rows_than_its_header_says_does_not_end_the_process():
+    white = decoded(png_file(100, 100, 8, 2, (b"\0" + b"\xff" * 300) * 5))  # torchvision dies here
+    assert (white[:5].min(), white[5:].max()) == (255, 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
