@@ -45,11 +45,11 @@ class _Tar(NamedTuple):
     end: int
 
 
-def members(path: Path, start: int) -> Iterator[Member]:
-    """Yield the members of the tar that begins at an offset of a file, reading headers only.
+def members(path: Path, start: int, end: int) -> Iterator[Member]:
+    """Yield the members of the tar at `start` .. `end` of a file, reading headers only.
 
     Raises:
-        CutTar: after the last whole header, when no end mark follows it.
+        CutTar: after the last whole member, when no end mark follows it.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -58,9 +58,12 @@ def members(path: Path, start: int) -> Iterator[Member]:
             # "r:": a compressed tar has no offsets to read at
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
                 for member in tar:
+                    if member.offset_data + (member.size if member.isreg() else 0) > end:
+                        raise CutTar(f"it ends inside {member.name!r}")
                     yield Member(member.name, member.offset_data, member.size, member.isreg() and not member.issparse())
                 file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                mark = tarfile.NUL * tarfile.BLOCKSIZE
+                if tar.offset + len(mark) > end or file.read(len(mark)) != mark:
                     raise CutTar("it has no end mark")
         except tarfile.TarError as error:
             raise CutTar(str(error)) from None
@@ -146,13 +149,11 @@ class SynsetTars:
     def _tars_in_tar(self) -> tuple[dict[str, _Tar], int]:
         tars, others, size = {}, 0, self.path.stat().st_size
         try:
-            for member in members(self.path, 0):
+            for member in members(self.path, 0, size):
                 name = PurePosixPath(member.name)
                 if not member.is_file or name.suffix != ".tar" or name.name.startswith("."):
                     others += member.is_file
                     continue
-                if member.offset + member.size > size:
-                    raise CutTar(f"{member.name} reaches beyond the end of the file")
                 if name.stem in tars:
                     raise UserError(f"--input {self.path} holds two {name.name}: each class needs one tar of its own")
                 tars[name.stem] = _Tar(self.path, member.offset, member.offset + member.size)
@@ -168,9 +169,7 @@ def _pictures_in(tar: _Tar) -> tuple[dict[str, tuple[int, int]], int, str]:
     """Return offset and size of a tar's pictures by name, the number of other members, and how it is damaged."""
     found, ignored = {}, 0
     try:
-        for member in members(tar.path, tar.start):
-            if member.offset > tar.end or (member.is_file and member.offset + member.size > tar.end):
-                raise CutTar("unexpected end of data")
+        for member in members(*tar):
             name = member.name.removeprefix("./")
             if name.rpartition("/")[2].startswith("."):
                 continue  # hidden, as in folders
