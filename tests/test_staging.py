@@ -71,6 +71,9 @@ def test_the_faster_one_creates_the_folder(tmp_path):
 def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         create_folder(tmp_path / "nowhere" / "a", lambda folder: None)
+    with pytest.raises(FileNotFoundError):
+        create_folder(tmp_path / "a", lambda folder: (folder / "nowhere" / "file").touch())
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_killed_runs_left_are_removed_too(tmp_path):

@@ -24,7 +24,7 @@ def test_class_names_are_sorted_and_pictures_too(listed):
 
 
 def test_other_columns_spaces_blank_lines_quotes_and_a_byte_order_mark_do_not_matter(listed):
-    listing = listed('\ufeffid, label ,path\n1, cat ,"a, b.jpg"\n\n2,dog,c.jpg\n').listing()
+    listing = listed('\ufeffpath, label ,id\n"a, b.jpg", cat ,1\n\nc.jpg,dog,2\n').listing()
     assert listing.names == ["a, b.jpg", "c.jpg"]
     assert listing.classes == ("cat", "dog")
 
