@@ -1,9 +1,13 @@
 """Pack pictures into WebDataset tar shards with an index and a manifest.
 
     python data_tools/make_shards.py --source imagefolder --input DIR --output shards/ --val-fraction 0.02
+    python data_tools/make_shards.py --source synset-tars --input DIR_OR_TAR --output shards/ --only-classes FILE
+    python data_tools/make_shards.py --source csv --input FILE.csv --root DIR --output shards/ --resize-short 256
     python data_tools/make_shards.py --source digits --output shards/ --val-fraction 0.2
 
 Running the same command again continues an interrupted run. EXIF orientation and colour profiles are not applied.
+Several machines share the work in one folder: each runs the command with another --part i/n, and when all are through,
+one runs it with --finish. The shards are the same, byte for byte, as those of one machine.
 """
 
 from __future__ import annotations
@@ -12,14 +16,25 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
-from hdscale.data.manifest import Manifest
-from hdscale.data.plan import PlanSettings, check_settings, plan_splits
-from hdscale.data.sources import Digits, ImageFolder, Source
-from hdscale.data.writer import SplitJob, write_split
+from hdscale.data.classes import read_class_list
+from hdscale.data.csv_list import CsvList
+from hdscale.data.names import PackedNames
+from hdscale.data.plan import Part, PlanSettings, check_settings, parse_part, plan_splits
+from hdscale.data.sources import Digits, ImageFolder
+from hdscale.data.storing import DEFAULT_QUALITY, Resize
+from hdscale.data.synset_tars import SynsetTars
+from hdscale.data.writer import SplitJob, finish_split, part_samples, write_part, write_split
 from hdscale.errors import UserError
 from hdscale.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hdscale.data.manifest import Manifest
+    from hdscale.data.sources import Listing, Source
 
 _NAMED_SKIPS = 10
 
@@ -29,30 +44,63 @@ def main(argv: list[str]) -> int:
     arguments = _parse(argv)
     settings = PlanSettings(arguments.split, arguments.val_fraction, arguments.samples_per_shard, arguments.seed)
     check_settings(settings)
-    source = _source(arguments)
+    part, resize = _part(arguments), _resize(arguments)
+    source = _source(arguments, resize)
     listing = source.listing()
     for words in listing.left_out:
         print(f"left out: {words}", file=sys.stderr)
-    made_by = {"tool": "make_shards", "source": source.name, "listing": listing.digest(), **settings._asdict()}
-    for split, rows in plan_splits(listing, settings).items():
-        job = SplitJob(
-            source=source,
-            output=arguments.output,
-            split=split,
-            classes=listing.classes,
-            names=[listing.names[row] for row in rows],
-            labels=listing.labels[rows],
-            samples_per_shard=settings.samples_per_shard,
-            made_by=made_by,
-        )
+    _warn(listing)
+    for job in _jobs(arguments, settings, source, listing, resize):
         try:
-            with Progress(split, len(rows), "samples", sys.stderr) as progress:
-                manifest = write_split(job, arguments.workers, progress)
+            if part is not None:
+                _write_part(job, part, arguments.workers)
+                continue
+            manifest = finish_split(job) if arguments.finish else _write_split(job, arguments.workers)
         except KeyboardInterrupt:
             print("stopped; the same command continues where it was", file=sys.stderr)
             return EXIT_STOPPED
         _report(manifest, arguments.output)
+    _warn(listing)  # again: the first time was hours ago
     return EXIT_DONE
+
+
+def _warn(listing: Listing) -> None:
+    for words in listing.damaged:
+        print(f"warning: {words}", file=sys.stderr)
+
+
+def _jobs(
+    arguments: argparse.Namespace, settings: PlanSettings, source: Source, listing: Listing, resize: Resize | None
+) -> Iterator[SplitJob]:
+    """Yield the splits."""
+    made_by = {"tool": "make_shards", "source": source.name, "listing": listing.digest(), **settings._asdict()}
+    if resize is not None:
+        made_by |= {"resize_short": resize.short_side, "quality": resize.quality}
+    names = listing.names if isinstance(listing.names, PackedNames) else PackedNames(listing.names)
+    for split, rows in plan_splits(listing, settings).items():
+        yield SplitJob(
+            source=source,
+            output=arguments.output,
+            split=split,
+            classes=listing.classes,
+            names=names.take(rows),
+            labels=listing.labels[rows],
+            samples_per_shard=settings.samples_per_shard,
+            made_by=made_by,
+            places=None if listing.places is None else listing.places[rows],
+        )
+
+
+def _write_split(job: SplitJob, workers: int) -> Manifest:
+    with Progress(job.split, len(job.names), "samples", sys.stderr) as progress:
+        return write_split(job, workers, progress)
+
+
+def _write_part(job: SplitJob, part: Part, workers: int) -> None:
+    label = f"{job.split}, part {part.number}/{part.total}"
+    with Progress(label, part_samples(job, part), "samples", sys.stderr) as progress:
+        write_part(job, part, workers, progress)
+    print(f"{label}: written; when all parts are, run the same command with --finish instead of --part")
 
 
 def _report(manifest: Manifest, folder: Path) -> None:
@@ -72,25 +120,76 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", choices=("imagefolder", "digits"), required=True)
-    parser.add_argument("--input", type=Path, help="imagefolder: folder that holds one folder of pictures a class")
+    parser.add_argument("--source", choices=("imagefolder", "synset-tars", "csv", "digits"), required=True)
+    parser.add_argument(
+        "--input",
+        type=Path,
+        help="imagefolder: folder with one folder of pictures a class; synset-tars: folder with one CLASS.tar a class, "
+        "or a tar of such tars; csv: file with the columns path and label (class names, or integers 0 .. n - 1)",
+    )
+    parser.add_argument("--root", type=Path, help="csv: folder of relative paths (default: the file's)")
+    parser.add_argument("--only-classes", type=Path, help="file with one class a line: only these, labels in its order")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards; created when missing")
     parser.add_argument("--split", default=defaults.split, help="name of the split (default: %(default)s)")
     parser.add_argument("--val-fraction", type=float, help="share that goes into a second split, val")
     parser.add_argument(
         "--samples-per-shard", type=int, default=defaults.samples_per_shard, help="default: %(default)s"
     )
+    parser.add_argument(
+        "--resize-short",
+        type=int,
+        metavar="PX",
+        help="make larger pictures smaller: shorter side PX, JPEG stays JPEG, others become PNG; the rest is untouched",
+    )
+    parser.add_argument("--quality", type=int, help=f"of resized JPEGs, 1 .. 100 (default: {DEFAULT_QUALITY})")
+    parser.add_argument("--part", metavar="i/n", help="write the share of machine i of n (1 .. n) only")
+    parser.add_argument("--finish", action="store_true", help="join what all parts wrote to index and manifest")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the shuffle (default: %(default)s)")
     return parser.parse_args(argv)
 
 
-def _source(arguments: argparse.Namespace) -> Source:
+def _part(arguments: argparse.Namespace) -> Part | None:
+    if arguments.part is None:
+        return None
+    if arguments.finish:
+        raise UserError("--finish joins all parts, so that it goes without --part: run it once, after the last part")
+    return parse_part(arguments.part)
+
+
+def _resize(arguments: argparse.Namespace) -> Resize | None:
+    short_side, quality = arguments.resize_short, arguments.quality
+    if short_side is None:
+        if quality is not None:
+            raise UserError("--quality is for pictures that --resize-short makes smaller: give both or neither")
+        return None
+    if short_side < 1:
+        raise UserError(f"--resize-short must be at least 1 pixel, got {short_side}")
+    if quality is not None and not 1 <= quality <= 100:
+        raise UserError(f"--quality must be from 1 to 100, got {quality}")
+    return Resize(short_side, DEFAULT_QUALITY if quality is None else quality)
+
+
+def _source(arguments: argparse.Namespace, resize: Resize | None) -> Source:
+    if arguments.root is not None and arguments.source != "csv":
+        raise UserError(f"--root is for --source csv, not for {arguments.source}: leave it out")
     if arguments.source == "digits":
+        if resize is not None or arguments.only_classes is not None:
+            raise UserError("--source digits takes neither --resize-short nor --only-classes: leave them out")
         return Digits()
     if arguments.input is None:
-        raise UserError("--source imagefolder needs --input: the folder that holds one folder of pictures a class")
-    return ImageFolder(arguments.input)
+        what = {
+            "imagefolder": "the folder that holds one folder of pictures a class",
+            "synset-tars": "the folder that holds one tar a class, or a tar of such tars",
+            "csv": "the file with the columns path and label",
+        }[arguments.source]
+        raise UserError(f"--source {arguments.source} needs --input: {what}")
+    only = None if arguments.only_classes is None else read_class_list(arguments.only_classes)
+    if arguments.source == "imagefolder":
+        return ImageFolder(arguments.input, only, resize)
+    if arguments.source == "synset-tars":
+        return SynsetTars(arguments.input, only, resize)
+    return CsvList(arguments.input, arguments.root, only, resize)
 
 
 if __name__ == "__main__":

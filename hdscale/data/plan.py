@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,6 +28,29 @@ class PlanSettings(NamedTuple):
     """Share of the pictures that goes into the split `val`; None: all go into `split`."""
     samples_per_shard: int = 5000
     seed: int = 0
+
+
+class Part(NamedTuple):
+    """The share of one machine among several that make the same shards."""
+
+    number: int  # 1 .. total
+    total: int
+
+    def owns(self, shard: int) -> bool:
+        """Say whether this part writes the shard of that number."""
+        return shard % self.total == self.number - 1
+
+
+def parse_part(text: str) -> Part:
+    """Read a part such as 2/4, the second of four.
+
+    Raises:
+        UserError: it is something else.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part must be i/n with i from 1 to n, such as 2/4 for the second of four, got {text}")
+    return Part(int(match[1]), int(match[2]))
 
 
 def check_settings(settings: PlanSettings) -> None:
@@ -54,7 +78,7 @@ def plan_splits(listing: Listing, settings: PlanSettings) -> dict[str, np.ndarra
     Raises:
         UserError: a split would be empty.
     """
-    keys = np.array([_key_hash(name) for name in listing.names], dtype=np.uint64)
+    keys = np.fromiter(map(_key_hash, listing.names), dtype=np.uint64, count=len(listing.names))
     order = np.argsort(hash64(settings.seed, _SHUFFLE_KEY, keys), kind="stable")
     if settings.val_fraction is None:
         return {settings.split: order}

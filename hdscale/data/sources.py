@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from hdscale.data.pictures import is_plain, open_picture, to_rgb
+from hdscale.data.classes import choose_classes
+from hdscale.data.names import PackedNames
+from hdscale.data.storing import Picture, Resize, png_bytes, stored_picture
 from hdscale.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -23,9 +24,11 @@ class Listing(NamedTuple):
     """All pictures of a source, in an order that depends on their names only."""
 
     classes: tuple[str, ...]
-    names: list[str]  # unique in the source; for files the path below its folder
+    names: list[str] | PackedNames  # unique in the source; for files the path below its folder
     labels: np.ndarray  # (n,) int32
     left_out: list[str]  # what was seen and not taken, in words
+    places: np.ndarray | None = None  # (n,) where the pictures are, if their names do not tell
+    damaged: tuple[str, ...] = ()  # what is broken and ought to be mended, in words
 
     def digest(self) -> str:
         """Return the sha256 of classes, names and labels."""
@@ -33,15 +36,6 @@ class Listing(NamedTuple):
         for name, label in zip(self.names, self.labels.tolist(), strict=True):
             digest.update(f"\0{label} {name}".encode(errors="surrogateescape"))
         return digest.hexdigest()
-
-
-class Picture(NamedTuple):
-    """What a shard stores of one picture."""
-
-    data: bytes
-    extension: str  # jpg or png
-    width: int
-    height: int
 
 
 class Source(Protocol):
@@ -53,8 +47,8 @@ class Source(Protocol):
         """Name all pictures."""
         ...
 
-    def read(self, name: str) -> Picture:
-        """Read one picture, checked and ready to be stored.
+    def read(self, name: str, place: Any) -> Picture:
+        """Read one picture, checked and ready to be stored; its place is the listing's, or None.
 
         Raises:
             BadPicture: it cannot be decoded.
@@ -68,25 +62,36 @@ class ImageFolder:
 
     name = "imagefolder"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only: tuple[str, ...] | None = None, resize: Resize | None = None) -> None:
+        """Name the source.
+
+        Args:
+            folder: holds the class folders.
+            only: the classes to take, in the order of their labels; None: all with pictures, sorted.
+            resize: how larger pictures are made smaller.
+        """
         self.folder = folder
+        self.only = only
+        self.resize = resize
 
     def listing(self) -> Listing:
-        """List the pictures, sorted by class and path; labels number the sorted class folders that hold pictures.
+        """List the pictures by class and path; labels number the sorted class folders that hold pictures.
 
         Raises:
-            UserError: there is no such folder, or no class folder with a picture in it.
+            UserError: there is no such folder, no class folder with a picture in it, or none of a class asked for.
         """
         if not self.folder.is_dir():
             raise UserError(f"--input {self.folder} is not a folder: name the folder that holds the class folders")
         classes, names, labels, empty, others = [], [], [], [], 0
         folders = (path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for class_name in sorted(folders):
+        chosen, left_out = choose_classes(sorted(folders), self.only, f"--input {self.folder}")
+        for class_name in chosen:
             found, ignored = _pictures_below(self.folder / class_name)
             others += ignored
             if not found:
                 empty.append(class_name)
-                continue
+                if self.only is None:
+                    continue  # a class of the list keeps its number
             labels += [len(classes)] * len(found)
             classes.append(class_name)
             names += [f"{class_name}/{name}" for name in found]
@@ -95,18 +100,14 @@ class ImageFolder:
                 f"--input {self.folder} has no class folder with {', '.join(EXTENSIONS)} files in it: "
                 "put the pictures into one folder a class"
             )
-        left_out = [f"{others} files with other extensions than {', '.join(EXTENSIONS)}"] if others else []
+        left_out += [f"{others} files with other extensions than {', '.join(EXTENSIONS)}"] if others else []
         left_out += [f"class folder {class_name}, without pictures" for class_name in empty]
         return Listing(tuple(classes), names, np.array(labels, dtype=np.int32), left_out)
 
-    def read(self, name: str) -> Picture:
-        """Read a file; plain JPEG and PNG bytes stay as they are, everything else becomes a lossless RGB PNG."""
-        data = (self.folder / name).read_bytes()
-        image = open_picture(data)
-        picture = to_rgb(image)  # decodes all of it: a file that is cut short is found here
-        if is_plain(image, data):
-            return Picture(data, "png" if image.format == "PNG" else "jpg", *picture.size)
-        return Picture(_png(picture), "png", *picture.size)
+    def read(self, name: str, place: None = None) -> Picture:
+        """Read a file; see `stored_picture`."""
+        del place
+        return stored_picture((self.folder / name).read_bytes(), self.resize)
 
 
 class Digits:
@@ -123,12 +124,13 @@ class Digits:
         names = [f"digit-{row:04d}" for row in range(len(labels))]
         return Listing(tuple(str(digit) for digit in range(10)), names, labels, [])
 
-    def read(self, name: str) -> Picture:
+    def read(self, name: str, place: None = None) -> Picture:
         """Return a digit as an 8-bit grey PNG; its 17 levels are spread over 0 .. 255."""
+        del place
         if self._images is None:
             self._images = np.round(_load_digits()[0] * (255 / 16)).astype(np.uint8)
         image = Image.fromarray(self._images[int(name.removeprefix("digit-"))])
-        return Picture(_png(image), "png", *image.size)
+        return Picture(png_bytes(image), "png", *image.size)
 
 
 def sample_key(name: str) -> str:
@@ -151,12 +153,6 @@ def _pictures_below(folder: Path) -> tuple[list[str], int]:
         below = Path(parent).relative_to(folder)
         found += [(below / file).as_posix() for file in taken] if below.parts else taken
     return sorted(found), others
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,11 @@ import signal
 import tarfile
 import threading
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import repeat
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,16 +28,22 @@ from webdataset.writer import TarWriter
 from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_index
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
 from hdscale.data.pictures import BadPicture
-from hdscale.data.sources import Picture, Source, sample_key
+from hdscale.data.sources import Source, sample_key
 from hdscale.errors import UserError
-from hdscale.staging import remove_leftovers, staged
+from hdscale.staging import create_folder, remove_leftovers, staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from hdscale.data.plan import Part
+    from hdscale.data.storing import Picture
 
 _MTIME = 0  # of every member, so that the bytes of a shard depend on its samples only
 _OWNER = "hdscale"
+_MADE_BY = "made_by.json"
+_PARTS = "parts-"  # SPLIT.making/parts-4: an empty file, whose name says that four machines share the work
+_NAMED_PARTS = 5
 
 
 class SplitJob(NamedTuple):
@@ -44,10 +53,11 @@ class SplitJob(NamedTuple):
     output: Path
     split: str
     classes: tuple[str, ...]
-    names: list[str]  # in the order in which they are written
+    names: Sequence[str]  # in the order in which they are written
     labels: np.ndarray  # (n,) of the same
     samples_per_shard: int
     made_by: dict[str, str | int | float | None]  # recorded in the manifest; a run that continues must have the same
+    places: np.ndarray | None = None  # (n,) of the same, see `Listing`
 
 
 class _ShardTask(NamedTuple):
@@ -55,8 +65,9 @@ class _ShardTask(NamedTuple):
     output: Path
     split: str
     number: int
-    names: list[str]
+    names: Sequence[str]
     labels: np.ndarray
+    places: np.ndarray | None
 
     @property
     def record(self) -> Path:
@@ -88,13 +99,56 @@ def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) ->
     if _is_complete(job):
         progress(len(job.names))
         return read_manifest(job.output, job.split)
-    try:
+    with _explained(job.output):
         _begin(job)
         _write_shards(_tasks(job), workers, progress)
         return _finish(job)
+
+
+def write_part(job: SplitJob, part: Part, workers: int, progress: Callable[[int], None]) -> None:
+    """Write the shards of one part, or what is missing of them; other machines may write other parts meanwhile.
+
+    Raises:
+        UserError: as `write_split`, or the split was begun in another number of parts.
+    """
+    if _is_complete(job):
+        progress(part_samples(job, part))
+        return
+    with _explained(job.output):
+        _begin(job)
+        _note_parts(job, part.total)
+        _write_shards(_tasks(job, part), workers, progress)
+
+
+def finish_split(job: SplitJob) -> Manifest:
+    """Write index and manifest of a split whose parts are written.
+
+    Raises:
+        UserError: shards are missing, or were made from something else.
+    """
+    if _is_complete(job):
+        return read_manifest(job.output, job.split)
+    with _explained(job.output):
+        if not _making_folder(job.output, job.split).is_dir():
+            raise UserError(f"--finish: {job.output} has no part of split {job.split}: run --part 1/n ... n/n first")
+        _refuse_other_settings(job, _begun_with(job))
+        _refuse_missing_shards(job)
+        return _finish(job)
+
+
+def part_samples(job: SplitJob, part: Part) -> int:
+    """Return how many samples a part deals with."""
+    return sum(len(task.names) for task in _tasks(job, part))
+
+
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a UserError."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"--output {job.output} cannot be written to ({error.strerror or error}): "
+            f"--output {output} cannot be written to ({error.strerror or error}): "
             "mend that, or choose another folder, and run again; finished shards are kept"
         ) from error
 
@@ -117,40 +171,75 @@ def _is_complete(job: SplitJob) -> bool:
 
 
 def _begin(job: SplitJob) -> None:
-    """Create the folders, or check that an interrupted run was writing the same split."""
+    """Create the folders, or check that an interrupted run or another machine was writing the same split."""
     making = _making_folder(job.output, job.split)
-    made_by = making / "made_by.json"
-    if made_by.is_file():
-        _refuse_other_settings(job, json.loads(made_by.read_text(encoding="utf-8")))
-        for folder, prefix in ((job.output, f"{job.split}-[0-9]"), (job.output, f"{job.split}."), (making, "")):
-            remove_leftovers(folder, prefix)
-        return
     foreign = next(job.output.glob(f"{job.split}-[0-9]*.tar"), None)
-    if foreign is not None:
-        raise UserError(f"{foreign} is there already and was not made by this run: choose another --output or --split")
-    making.mkdir(parents=True, exist_ok=True)
-    with staged(made_by) as path:
-        path.write_text(json.dumps(job.made_by), encoding="utf-8")
+    if not making.is_dir():  # asked after the glob: another machine makes this folder before its first shard
+        if foreign is not None:
+            raise UserError(
+                f"{foreign} is there already and was not made by this run: choose another --output or --split"
+            )
+        job.output.mkdir(parents=True, exist_ok=True)
+        create_folder(making, lambda folder: _write_json(folder / _MADE_BY, job.made_by))
+    _refuse_other_settings(job, _begun_with(job))
+
+
+def _begun_with(job: SplitJob) -> dict[str, Any]:
+    return json.loads((_making_folder(job.output, job.split) / _MADE_BY).read_text(encoding="utf-8"))
+
+
+def _note_parts(job: SplitJob, total: int) -> None:
+    """Record the number of parts, so that `finish_split` can name those that are missing."""
+    others = [number for number in _numbers_of_parts(job) if number != total]
+    if others:
+        raise UserError(
+            f"--part: {job.output} was begun in {others[0]} parts, not {total}: give parts of {others[0]}, "
+            "or no --part in order to write all that is missing on one machine"
+        )
+    (_making_folder(job.output, job.split) / f"{_PARTS}{total}").touch()
+
+
+def _numbers_of_parts(job: SplitJob) -> list[int]:
+    making = _making_folder(job.output, job.split)
+    return sorted(int(path.name.removeprefix(_PARTS)) for path in making.glob(f"{_PARTS}*"))
+
+
+def _refuse_missing_shards(job: SplitJob) -> None:
+    tasks = _tasks(job)
+    missing = [task.number for task in tasks if not _is_written(task)]
+    if not missing:
+        return
+    whole = f"--finish: {len(missing)} of {len(tasks)} shards of split {job.split} are missing"
+    parts = _numbers_of_parts(job)
+    if not parts:
+        raise UserError(f"{whole}: run without --finish until they are written")
+    lacking = Counter(number % parts[0] + 1 for number in missing)
+    named = ", ".join(f"{count} of part {part}/{parts[0]}" for part, count in sorted(lacking.items())[:_NAMED_PARTS])
+    more = ", ..." if len(lacking) > _NAMED_PARTS else ""
+    raise UserError(f"{whole} ({named}{more}): run these parts again, then --finish")
 
 
 def _refuse_other_settings(job: SplitJob, before: dict[str, Any]) -> None:
-    for name, value in job.made_by.items():
-        if before.get(name) != value:
-            flag = f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
-            what = "other pictures (--input)" if name == "listing" else flag
+    for name in before | job.made_by:
+        old, new = before.get(name), job.made_by.get(name)
+        if old != new:
+            flag = f"--{name.replace('_', '-')} {old}, not {new}"
+            what = "other pictures or classes (--input, --only-classes)" if name == "listing" else flag
             raise UserError(
                 f"{job.output} holds shards of split {job.split} made with {what}: "
                 "choose another --output, or delete that folder"
             )
 
 
-def _tasks(job: SplitJob) -> list[_ShardTask]:
-    starts = range(0, len(job.names), job.samples_per_shard)
-    return [
-        _ShardTask(job.source, job.output, job.split, number, job.names[start:end], job.labels[start:end])
-        for number, start in enumerate(starts)
-        for end in [start + job.samples_per_shard]
-    ]
+def _tasks(job: SplitJob, part: Part | None = None) -> list[_ShardTask]:
+    tasks = []
+    for number, start in enumerate(range(0, len(job.names), job.samples_per_shard)):
+        if part is None or part.owns(number):
+            rows = slice(start, start + job.samples_per_shard)
+            places = None if job.places is None else job.places[rows]
+            task = _ShardTask(job.source, job.output, job.split, number, job.names[rows], job.labels[rows], places)
+            tasks.append(task)
+    return tasks
 
 
 def _write_shards(tasks: list[_ShardTask], workers: int, progress: Callable[[int], None]) -> None:
@@ -197,14 +286,17 @@ def _is_written(task: _ShardTask) -> bool:
 def _write_shard(task: _ShardTask) -> int:
     """Write one shard and its record; return the number of pictures that were dealt with."""
     records, labels, skipped = [], [], []
+    remove_leftovers(task.tar.parent, task.tar.name)
+    remove_leftovers(task.record.parent, f"{task.record.stem}.")
+    places = repeat(None, len(task.names)) if task.places is None else task.places
     with staged(task.tar) as temporary:
         with (
             temporary.open("wb") as file,
             TarWriter(file, user=_OWNER, group=_OWNER, mtime=_MTIME, encoder=False) as tar,
         ):
-            for name, label in zip(task.names, task.labels.tolist(), strict=True):
+            for name, label, place in zip(task.names, task.labels.tolist(), places, strict=True):
                 try:
-                    picture = _read(task.source, name)
+                    picture = _read(task.source, name, place)
                 except BadPicture as error:
                     skipped.append(Skipped(name, str(error)))
                     continue
@@ -222,14 +314,13 @@ def _write_shard(task: _ShardTask) -> int:
     with staged(task.rows) as path, path.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
     entry = ShardEntry(name=task.tar.name, samples=len(records), bytes=size, sha256=digest)
-    with staged(task.record) as path:
-        path.write_text(json.dumps({"entry": entry.model_dump(), "skipped": skipped}), encoding="utf-8")
+    _write_json(task.record, {"entry": entry.model_dump(), "skipped": skipped})
     return len(task.names)
 
 
-def _read(source: Source, name: str) -> Picture:
+def _read(source: Source, name: str, place: np.void | None) -> Picture:
     try:
-        return source.read(name)
+        return source.read(name, place)
     except OSError as error:
         raise UserError(
             f"{name} cannot be read ({error.strerror or error}): mend or remove it and run again; "
@@ -252,6 +343,7 @@ def _read_record(task: _ShardTask) -> tuple[ShardEntry, list[Skipped]]:
 
 def _finish(job: SplitJob) -> Manifest:
     """Join the records of all shards to index and manifest."""
+    remove_leftovers(job.output, f"{job.split}.")
     entries, parts, skipped = [], [], []
     for task in _tasks(job):
         entry, skipped_here = _read_record(task)
@@ -279,6 +371,11 @@ def _finish(job: SplitJob) -> Manifest:
     write_manifest(job.output, manifest)
     shutil.rmtree(_making_folder(job.output, job.split))
     return manifest
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with staged(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _making_folder(output: Path, split: str) -> Path:

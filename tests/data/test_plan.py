@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hdscale.data.plan import PlanSettings, check_settings, plan_splits
+from hdscale.data.plan import Part, PlanSettings, check_settings, parse_part, plan_splits
 from hdscale.data.sources import Listing
 from hdscale.errors import UserError
 
@@ -59,3 +59,15 @@ def test_a_split_that_would_be_empty_is_refused():
 def test_settings_without_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         check_settings(settings)
+
+
+def test_parts_share_the_shards():
+    parts = [parse_part(f"{number}/3") for number in (1, 2, 3)]
+    assert parts[1] == Part(2, 3)
+    assert [[shard for shard in range(7) if part.owns(shard)] for part in parts] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "1", "1/2/3", "-1/2", "a/b", "1 /2", ""])
+def test_parts_without_sense_are_refused(text):
+    with pytest.raises(UserError, match=r"--part must be i/n with i from 1 to n, such as 2/4 .*, got"):
+        parse_part(text)

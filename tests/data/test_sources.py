@@ -38,6 +38,19 @@ def test_what_is_not_taken_is_named_and_hidden_files_are_not_looked_at(tmp_path)
     assert [words.split(" with")[0] for words in listing.left_out] == ["1 files", "class folder empty,"]
 
 
+def test_a_list_of_classes_gives_the_labels_and_an_empty_class_keeps_its_own(tmp_path):
+    for name in ("a/1.png", "b/1.png", "c/1.png"):
+        save(RED, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    listing = ImageFolder(tmp_path, only=("c", "empty", "a")).listing()
+    assert listing.classes == ("c", "empty", "a")
+    assert listing.names == ["c/1.png", "a/1.png"]
+    assert listing.labels.tolist() == [0, 2]
+    assert listing.left_out == ["1 classes that --only-classes does not name", "class folder empty, without pictures"]
+    with pytest.raises(UserError, match=r"--only-classes names 1 of 2 classes that --input .* lacks \(d\)"):
+        ImageFolder(tmp_path, only=("d", "a")).listing()
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--input .*nowhere is not a folder"):
         ImageFolder(tmp_path / "nowhere").listing()

@@ -8,8 +8,9 @@ from PIL import Image
 from hdscale.data import writer
 from hdscale.data.index import file_digest, open_shards
 from hdscale.data.pictures import BadPicture
-from hdscale.data.plan import PlanSettings
+from hdscale.data.plan import Part, PlanSettings
 from hdscale.data.sources import Digits, ImageFolder, Listing
+from hdscale.data.writer import SplitJob, finish_split, part_samples, write_part
 from hdscale.errors import UserError
 
 
@@ -21,10 +22,10 @@ class FirstDigits(Digits):
         self.broken, self.unreadable = broken, unreadable
 
     def listing(self):
-        classes, names, labels, left_out = super().listing()
-        return Listing(classes, names[:60], labels[:60], left_out)
+        whole = super().listing()
+        return whole._replace(names=whole.names[:60], labels=whole.labels[:60])
 
-    def read(self, name):
+    def read(self, name, place=None):
         if name in self.broken:
             raise BadPicture("cannot be decoded (for the test)")
         if name in self.unreadable:
@@ -154,7 +155,7 @@ def content_of_files(folder):
 
 def test_other_pictures_in_the_same_folder_are_refused(tmp_path, write):
     write(FirstDigits(), tmp_path, TENS)
-    with pytest.raises(UserError, match=r"made with other pictures \(--input\)"):
+    with pytest.raises(UserError, match=r"made with other pictures or classes \(--input"):
         write(Digits(), tmp_path, TENS)
 
 
@@ -220,3 +221,113 @@ def test_sizes_in_the_index_are_those_of_the_stored_pictures(tmp_path, write):
     write(ImageFolder(tmp_path / "pictures"), tmp_path / "shards", PlanSettings())
     index = open_shards(tmp_path / "shards", "train").index
     assert {(int(row["width"]), int(row["height"])) for row in index} == {(30, 20), (7, 90), (1, 1)}
+
+
+def digits_job(folder, **changes):
+    """60 digits in six shards."""
+    listing = FirstDigits().listing()
+    values = {
+        "source": FirstDigits(),
+        "output": folder,
+        "split": "train",
+        "classes": listing.classes,
+        "names": listing.names,
+        "labels": listing.labels,
+        "samples_per_shard": 10,
+        "made_by": {"seed": 0},
+    }
+    return SplitJob(**values | changes)
+
+
+def no_progress(_):
+    pass
+
+
+def test_parts_write_their_shards_and_the_end_joins_them(tmp_path):
+    whole, shared = digits_job(tmp_path / "whole"), digits_job(tmp_path / "shared")
+    writer.write_split(whole, 0, no_progress)
+    counts = []
+    write_part(shared, Part(2, 4), 0, counts.append)
+    assert {path.name for path in shared.output.glob("*.tar")} == {"train-000001.tar", "train-000005.tar"}
+    assert sum(counts) == part_samples(shared, Part(2, 4)) == 20
+    for number in (4, 1, 3):
+        write_part(shared, Part(number, 4), 0, no_progress)
+    assert not (shared.output / "train.manifest.json").exists()
+    assert finish_split(shared) == finish_split(shared)
+    assert content(whole.output) == content(shared.output)
+
+
+def test_missing_shards_are_counted_by_part(tmp_path):
+    job = digits_job(tmp_path)
+    with pytest.raises(UserError, match=r"--finish: .* has no part of split train: run --part 1/n"):
+        finish_split(job)
+    write_part(job, Part(2, 4), 0, no_progress)
+    (tmp_path / "train-000005.tar").write_bytes(b"cut")
+    message = r"5 of 6 shards of split train are missing \(2 of part 1/4, 1 of part 2/4, 1 of part 3/4, 1 of part 4/4\)"
+    with pytest.raises(UserError, match=message):
+        finish_split(job)
+
+
+def test_only_some_of_many_missing_parts_are_named(tmp_path):
+    job = digits_job(tmp_path, samples_per_shard=1)
+    write_part(job, Part(1, 50), 0, no_progress)
+    with pytest.raises(UserError, match=r"58 of 60 .*\(2 of part 2/50, .* 2 of part 6/50, ...\)"):
+        finish_split(job)
+
+
+def test_shards_that_an_interrupted_run_lacks_are_counted(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        writer.write_split(digits_job(tmp_path, source=FirstDigits(unreadable=["digit-0030"])), 0, no_progress)
+    with pytest.raises(UserError, match=r"3 of 6 shards of split train are missing: run without --finish"):
+        finish_split(digits_job(tmp_path))
+
+
+def test_one_machine_may_write_what_parts_have_not(tmp_path):
+    writer.write_split(digits_job(tmp_path / "whole"), 0, no_progress)
+    write_part(digits_job(tmp_path / "parts"), Part(2, 3), 0, no_progress)
+    writer.write_split(digits_job(tmp_path / "parts"), 0, no_progress)
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+    write_part(digits_job(tmp_path / "parts"), Part(1, 3), 0, no_progress)  # has nothing left to do
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+
+
+def test_all_parts_have_one_number_of_parts_and_the_same_settings(tmp_path):
+    write_part(digits_job(tmp_path), Part(1, 4), 0, no_progress)
+    with pytest.raises(UserError, match=r"--part: .* was begun in 4 parts, not 3: give parts of 4, or no --part"):
+        write_part(digits_job(tmp_path), Part(1, 3), 0, no_progress)
+    other = digits_job(tmp_path, made_by={"seed": 1})
+    for attempt in (lambda: write_part(other, Part(2, 4), 0, no_progress), lambda: finish_split(other)):
+        with pytest.raises(UserError, match=r"made with --seed 0, not 1"):
+            attempt()
+
+
+def test_a_setting_that_only_the_earlier_run_had_is_refused(tmp_path):
+    writer.write_split(digits_job(tmp_path, made_by={"seed": 0, "resize_short": 8}), 0, no_progress)
+    with pytest.raises(UserError, match=r"made with --resize-short 8, not None"):
+        writer.write_split(digits_job(tmp_path), 0, no_progress)
+
+
+def test_a_part_leaves_the_temporary_files_of_others_alone(tmp_path):
+    job = digits_job(tmp_path)
+    write_part(job, Part(1, 2), 0, no_progress)
+    making = tmp_path / "train.making"
+    own = [tmp_path / ".train-000003.tar.dead-7.tmp", making / ".000003.npy.dead-7.tmp"]
+    others = [tmp_path / ".train-000004.tar.live-8.tmp", making / ".000004.json.live-8.tmp"]
+    for path in own + others:
+        path.touch()
+    write_part(job, Part(2, 2), 0, no_progress)
+    assert [path.exists() for path in own + others] == [False, False, True, True]
+
+
+def test_a_second_machine_finds_the_folder_that_another_made_meanwhile(tmp_path, monkeypatch):
+    """It looked for the folder before the other machine made it and wrote its first shard."""
+    original = writer.create_folder
+
+    def another_is_faster(path, fill):
+        monkeypatch.setattr(writer, "create_folder", original)
+        write_part(digits_job(tmp_path), Part(1, 2), 0, no_progress)
+        original(path, fill)
+
+    monkeypatch.setattr(writer, "create_folder", another_is_faster)
+    write_part(digits_job(tmp_path), Part(2, 2), 0, no_progress)
+    assert finish_split(digits_job(tmp_path)).num_samples == 60
