@@ -40,9 +40,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         if marker == 0xFF:  # a fill byte
             position += 1
             continue
-        if marker == _SCAN:
-            return size
         length = data[position + 2] << 8 | data[position + 3]
+        if marker == _SCAN:
+            return size if position + 2 + length <= end else None
         if marker not in _SEGMENTS or length < 2:
             return None
         if marker in _FRAMES:

@@ -143,6 +143,8 @@ class TarReader:
 
         GNU long names, the paths and sizes of POSIX (pax) headers, and sizes in base 256 are understood.
 
+        A member whose data are cut is the last one, and no FILE.
+
         Raises:
             BadTar: the file is no tar, is compressed, is damaged, or is cut; what came before was good.
             OSError: the disk fails.
@@ -173,6 +175,7 @@ class TarReader:
                     member = _extended_member(member, everywhere | extended, position)
                     size, extended = member.size, {}
                 if offset + size > self.size:
+                    yield member._replace(kind="file that is cut")
                     self._refuse_cut(shown(member.name), offset, size)
                 yield member
             position = offset + -(-size // BLOCK) * BLOCK
