@@ -85,29 +85,31 @@ def start(folder):
 
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(tmp_path):
     write_tars(tmp_path / "whole", 40, 60)
+    shutil.copytree(tmp_path / "whole", tmp_path / "tars")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    process, began = start(tmp_path / "whole"), wait_for_work(tmp_path / "whole")
+    began, process = time.monotonic(), start(tmp_path / "whole")
     assert process.wait() == 0
     duration = time.monotonic() - began
 
     generator, states = np.random.default_rng(0), set()
-    for _ in range(10):
-        for path in (tmp_path / "parts").glob("train.*.*"):
-            path.unlink()  # a run that finished begins again
+    for attempt in range(10):
+        if len(records(tmp_path / "parts")) == 40 or (tmp_path / "parts" / "train.manifest.json").exists():
+            shutil.rmtree(tmp_path / "parts")  # nothing is left to do: begin again
+            shutil.copytree(tmp_path / "tars", tmp_path / "parts")
+        finished = len(records(tmp_path / "parts"))
         process = start(tmp_path / "parts")
-        wait_for_work(tmp_path / "parts")
-        time.sleep(generator.uniform(0, duration))
-        children = psutil.Process(process.pid).children(recursive=True)
+        while attempt % 2 and len(records(tmp_path / "parts")) <= finished and process.poll() is None:
+            time.sleep(0.002)  # most of a short run is its start
+        time.sleep(generator.uniform(0, duration / 4 if attempt % 2 else duration))
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         process.wait()
         psutil.wait_procs(children)  # workers end with their parent
-        states.add(len(list((tmp_path / "parts").glob("train.indexing/*.json"))))
+        states.add(len(records(tmp_path / "parts")))
     assert len(states) > 2
     assert start(tmp_path / "parts").wait() == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
-def wait_for_work(folder):
-    while not (folder / "train.indexing").exists() and not (folder / "train.manifest.json").exists():
-        time.sleep(0.002)
-    return time.monotonic()
+def records(folder):
+    return list(folder.glob("train.indexing/0*.json"))
