@@ -32,7 +32,10 @@ INDEX_DTYPE = np.dtype(
 """One sample: 32 bytes; its row is its sample id."""
 
 _OPEN_FILES = 128
-_MAKE_AGAIN = "make the shards again in an empty folder with data_tools/make_shards.py, or copy them again"
+_MAKE_AGAIN = (
+    "make the shards again in an empty folder with data_tools/make_shards.py (index tars of others again with "
+    "data_tools/index_shards.py), or copy them again"
+)
 
 
 def write_index(folder: Path, split: str, index: np.ndarray) -> str:

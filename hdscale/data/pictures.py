@@ -33,8 +33,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise BadPicture(f"is none of {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's parsers raise anything from struct.error to IndexError on broken bytes
         raise BadPicture(f"cannot be opened ({error})") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadPicture(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    check_pixels(*image.size)
     return image
 
 
@@ -42,6 +41,12 @@ def check_size(width: int, height: int, expected: tuple[int, int]) -> None:
     """Raise BadPicture when a picture has not the size that the index gives for it."""
     if (width, height) != expected:
         raise BadPicture(f"is {width} x {height} pixels, not {expected[0]} x {expected[1]} as the index says")
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise a BadPicture for more than `MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        raise BadPicture(f"claims {width} x {height} pixels, more than {MAX_PIXELS}")
 
 
 def is_plain(image: Image.Image, data: bytes) -> bool:

@@ -7,19 +7,12 @@ index and the manifest come last. The same source and settings give the same byt
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import tarfile
-import threading
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import repeat
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +21,7 @@ from webdataset.writer import TarWriter
 from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_index
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
 from hdscale.data.pictures import BadPicture
+from hdscale.data.pool import in_processes
 from hdscale.data.sources import Source, sample_key
 from hdscale.errors import UserError
 from hdscale.staging import create_folder, remove_leftovers, staged
@@ -249,31 +243,8 @@ def _write_shards(tasks: list[_ShardTask], workers: int, progress: Callable[[int
             progress(len(task.names))
         else:
             missing.append(task)
-    if workers <= 1:
-        for task in missing:
-            progress(_write_shard(task))
-        return
-    with ProcessPoolExecutor(min(workers, max(1, len(missing))), initializer=_prepare_worker) as pool:
-        try:
-            for future in as_completed([pool.submit(_write_shard, task) for task in missing]):
-                progress(future.result())
-        except BrokenProcessPool:
-            raise UserError("a worker process was killed (out of memory?): run again with fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even if it is killed: an idle worker would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    for count in in_processes(_write_shard, missing, workers):
+        progress(count)
 
 
 def _is_written(task: _ShardTask) -> bool:
