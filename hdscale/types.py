@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class BadSample(NamedTuple):
+    """A sample whose picture cannot be shown, and the one that was shown in its place."""
+
+    sample_id: int
+    shown_id: int
+    shard: str  # file name
+    name: str  # of the picture in the shard
+    reason: str
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank, as the loader yields it."""
 
@@ -23,6 +33,7 @@ class Batch(NamedTuple):
     views: Tensor  # (B,) int64: the augmented view of each sample (a batch may straddle two epochs)
     epochs: Tensor  # (B,) int64: the epoch each sample belongs to
     keep_indices: Tensor | None  # (B, K) int64 ascending, when masks come from a store
+    bad: tuple[BadSample, ...] = ()  # what was found bad; everything above is of the samples shown instead
 
 
 class ViTOutput(NamedTuple):

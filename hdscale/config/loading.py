@@ -26,6 +26,7 @@ _FREE_FIELDS = (
     "run.root",
     "data.shards",
     "data.workers",
+    "data.max_bad_fraction",
     "student.checkpoint_every",
     "feature_teacher.sharding",
     "feature_teacher.weights",

@@ -57,6 +57,8 @@ class DataConfig(Section):
     """Probability of a horizontal flip (dBOT)."""
     workers: int = Field(default=8, ge=0)
     """Loader processes a rank; 0 decodes in the training process."""
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Share of the samples that may be damaged: each is replaced by another and listed; one more ends the run."""
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

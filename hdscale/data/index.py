@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hdscale.data.manifest import Manifest, index_path, read_manifest
+from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
 from hdscale.staging import staged
 
@@ -86,7 +87,11 @@ def _check_files(shards: ShardSet) -> None:
         first_row, last_row = last_row + 1, last_row + entry.samples
         for row in {first_row, last_row}:
             assert shards.index[row]["shard"] == number, f"manifest and index disagree about {entry.name}"
-            if shards.member_name(row) is None:
+            try:
+                changed = shards.member_name(row) is None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or copy it again") from error
+            if changed:
                 raise UserError(
                     f"{path} changed since the index was made (sample {row} does not start where the index says): "
                     f"{_MAKE_AGAIN}"
@@ -131,22 +136,32 @@ class ShardSet:
         """Return the stored bytes of a picture.
 
         Raises:
-            UserError: they are not the bytes that the index was made for.
+            BadPicture: they cannot be read, or are not the bytes that the index was made for.
         """
         record = self.index[sample_id]
-        data = os.pread(self._descriptor(int(record["shard"])), int(record["size"]), int(record["offset"]))
+        try:
+            data = os.pread(self._descriptor(int(record["shard"])), int(record["size"]), int(record["offset"]))
+        except OSError as error:
+            raise BadPicture(f"cannot be read ({error.strerror})") from error
         if zlib.crc32(data) != int(record["crc32"]):
-            raise UserError(f"{self.describe(sample_id)} is damaged (wrong CRC32): {_MAKE_AGAIN}")
+            raise BadPicture("is damaged (wrong CRC32)")
         return data
 
-    def describe(self, sample_id: int) -> str:
-        """Name a sample for a message: its shard, its name there, and its id."""
-        path = self.folder / self.manifest.shards[int(self.index[sample_id]["shard"])].name
-        name = self.member_name(sample_id) or f"byte {int(self.index[sample_id]['offset'])}"
-        return f"{path}: {name} (sample {sample_id})"
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        """Name a sample for a message: its shard and, where the shard still tells, its name there."""
+        record = self.index[sample_id]
+        try:
+            name = self.member_name(sample_id)
+        except OSError:
+            name = None
+        return self.manifest.shards[int(record["shard"])].name, name or f"byte {int(record['offset'])}"
 
     def member_name(self, sample_id: int) -> str | None:
-        """Return the picture's name in its tar file, or None when no header of that size stands before its bytes."""
+        """Return the picture's name in its tar file, or None when no header of that size stands before its bytes.
+
+        Raises:
+            OSError: the shard cannot be read.
+        """
         record = self.index[sample_id]
         header_start = int(record["offset"]) - tarfile.BLOCKSIZE
         header = os.pread(self._descriptor(int(record["shard"])), tarfile.BLOCKSIZE, header_start)
@@ -166,11 +181,7 @@ class ShardSet:
         if shard not in self._descriptors:
             if len(self._descriptors) >= _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
-            path = self.folder / self.manifest.shards[shard].name
-            try:
-                self._descriptors[shard] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{path} cannot be opened ({error.strerror}): {_MAKE_AGAIN}") from error
+            self._descriptors[shard] = os.open(self.folder / self.manifest.shards[shard].name, os.O_RDONLY)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
 

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hdscale.data.decode import INTERPOLATION, decode_view, decoder_version
+from hdscale.data.decode import INTERPOLATION, decoder_version
 from hdscale.data.order import positions_of, samples_at
-from hdscale.data.pictures import BadPicture
-from hdscale.data.views import VIEW_ALGORITHM, central_square, view_number, view_parameters
+from hdscale.data.samples import EVAL_VIEW, load_batch, too_many_bad
+from hdscale.data.views import VIEW_ALGORITHM, view_number
 from hdscale.errors import UserError
 from hdscale.types import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from torch import Tensor
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hdscale.config.recipe import DataConfig
     from hdscale.data.index import ShardSet
     from hdscale.data.order import Order
+    from hdscale.data.samples import KeepIndices
 
-    KeepIndices = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
 
-EVAL_VIEW = -1
-"""`Batch.views` of samples that are shown without augmentation."""
+_logger = logging.getLogger(__name__)
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -95,7 +93,7 @@ class TrainLoader:
         """Yield `accumulation` micro-batches a step.
 
         Raises:
-            UserError: a sample's bytes are damaged or cannot be decoded, or `keep_indices` raised it.
+            UserError: neither a sample nor its substitutes can be shown, or `keep_indices` raised it.
         """
         return _raise_errors(self._loader)
 
@@ -125,6 +123,7 @@ class SequentialLoader:
             batch_size: images a batch.
             workers: loader processes.
         """
+        self._shards, self._config = shards, config
         ids = np.asarray(sample_ids, dtype=np.int64)
         batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
         workers = config.workers if workers is None else workers
@@ -138,9 +137,17 @@ class SequentialLoader:
         """Yield the batches; `epochs` is the view, or 0.
 
         Raises:
-            UserError: a sample's bytes are damaged or cannot be decoded.
+            UserError: more samples than `data.max_bad_fraction` of the split are bad.
         """
-        return _raise_errors(self._loader)
+        bad: set[int] = set()
+        for batch in _raise_errors(self._loader):
+            bad.update(sample.sample_id for sample in batch.bad)
+            error = too_many_bad(bad, batch.bad, self._shards, self._config)
+            if error is not None:
+                raise error
+            yield batch
+        if bad:
+            _logger.warning("%s: %d samples were bad, others were shown in their place", self._shards.folder, len(bad))
 
 
 def view_fingerprint(config: DataConfig, seed: int) -> dict[str, object]:
@@ -186,7 +193,7 @@ class _TrainDataset(Dataset):
     def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
         sample_ids, epochs = samples_at(self._order, positions)
         views = view_number(self._config, epochs)
-        return _load(self._shards, self._config, self._seed, sample_ids, views, epochs, self._keep_indices)
+        return load_batch(self._shards, self._config, self._seed, sample_ids, views, epochs, self._keep_indices)
 
 
 class _SequentialDataset(Dataset):
@@ -195,54 +202,7 @@ class _SequentialDataset(Dataset):
 
     def __getitem__(self, sample_ids: np.ndarray) -> Batch | UserError:
         views = np.full_like(sample_ids, EVAL_VIEW if self._view is None else self._view)
-        return _load(self._shards, self._config, self._seed, sample_ids, views, np.maximum(views, 0))
-
-
-def _load(
-    shards: ShardSet,
-    config: DataConfig,
-    seed: int,
-    sample_ids: np.ndarray,
-    views: np.ndarray,
-    epochs: np.ndarray,
-    keep_indices: KeepIndices | None = None,
-) -> Batch | UserError:
-    """Read, decode and cut the samples of one batch and look their masks up; hand a user's error back, unraised.
-
-    An exception that leaves a worker process is wrapped into a traceback of many lines; a value is not.
-    """
-    try:
-        pairs = zip(sample_ids.tolist(), views.tolist(), strict=True)
-        images = torch.stack([_picture(shards, config, seed, sample_id, view) for sample_id, view in pairs])
-        kept = None if keep_indices is None else torch.as_tensor(keep_indices(sample_ids, views))
-    except UserError as error:
-        return error
-    return Batch(
-        images=images,
-        labels=torch.from_numpy(shards.index["label"][sample_ids].astype(np.int64)),
-        sample_ids=torch.from_numpy(sample_ids),
-        views=torch.from_numpy(views),
-        epochs=torch.from_numpy(epochs),
-        keep_indices=kept,
-    )
-
-
-def _picture(shards: ShardSet, config: DataConfig, seed: int, sample_id: int, view: int) -> Tensor:
-    """Return one sample in one view, (3, S, S) uint8."""
-    record = shards.index[sample_id]
-    width, height = size = int(record["width"]), int(record["height"])
-    if view == EVAL_VIEW:
-        parameters = central_square(width, height)
-    else:
-        scale, ratio = config.crop_scale, config.crop_ratio
-        parameters = view_parameters(seed, view, sample_id, width, height, scale=scale, ratio=ratio, hflip=config.hflip)
-    try:
-        return decode_view(shards.read(sample_id), size, parameters, config.img_size)
-    except BadPicture as error:
-        raise UserError(
-            f"{shards.describe(sample_id)} {error}: make the shards again with data_tools/make_shards.py, "
-            "which leaves such pictures out"
-        ) from error
+        return load_batch(self._shards, self._config, self._seed, sample_ids, views, np.maximum(views, 0))
 
 
 def _data_loader(dataset: Dataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:

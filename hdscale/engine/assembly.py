@@ -16,6 +16,7 @@ from hdscale.data.order import build_order
 from hdscale.engine.checkpoint import newest_checkpoint
 from hdscale.engine.engines import build_student_engine, student_ds_config
 from hdscale.engine.metrics import MetricsWriter
+from hdscale.engine.quarantine import Quarantine
 from hdscale.engine.ranks import resolve_precision
 from hdscale.engine.run_folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
 from hdscale.engine.schedule import Schedule, build_schedule
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
-    from hdscale.data.loader import KeepIndices
+    from hdscale.data.samples import KeepIndices
     from hdscale.engine.checkpoint import Checkpoint
     from hdscale.engine.engines import Engine
     from hdscale.engine.ranks import Ranks
@@ -159,6 +160,7 @@ def train_run(
             recipe.log,
             recipe.checkpoint,
             progress,
+            _quarantine(run, ranks),
         )
         done = train(trainer, iter(loader), metrics, StopFlag())
     if metrics is not None:
@@ -182,6 +184,12 @@ def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, keep_indi
         num_steps=end_step - start_step,
         keep_indices=keep_indices,
     )
+
+
+def _quarantine(run: Run, ranks: Ranks) -> Quarantine:
+    checkpoint = run.checkpoint
+    known, step = ([], 0) if checkpoint is None else (checkpoint.state["quarantine"], checkpoint.step)
+    return Quarantine(run.folder, run.shards, run.recipe.data, ranks, known=known, start_step=step)
 
 
 def _plan(run: Run, ranks: Ranks, start: int, end: int) -> Plan:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
-    from hdscale.data.loader import KeepIndices
+    from hdscale.data.samples import KeepIndices
     from hdscale.engine.assembly import Run
     from hdscale.engine.engines import Engine
     from hdscale.engine.ranks import Ranks

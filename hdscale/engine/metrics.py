@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from hdscale.staging import staged
+from hdscale.engine.step_log import StepLog, read_step_log
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,25 +21,19 @@ class MetricsWriter:
     """Appends one JSON object a logged step and mirrors its numbers to TensorBoard."""
 
     def __init__(self, run_folder: Path, start_step: int) -> None:
-        path = run_folder / METRICS_FILE
-        # Lines of steps that a resumed run makes again would stand there twice.
-        kept = [line for line in read_metrics(run_folder) if line["step"] <= start_step]
-        with staged(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._log = StepLog(run_folder / METRICS_FILE, start_step)
         self._tensorboard = SummaryWriter(str(run_folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Write one logged step; a figure that is unknown or not finite is null."""
         metrics = {name: value if _is_figure(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(metrics) + "\n")
+        self._log.append(metrics)
         for name, value in metrics.items():
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
 
     def close(self) -> None:
-        """Flush both files."""
-        self._file.close()
+        """Flush TensorBoard's file; lines are on the disk at once."""
         self._tensorboard.close()
 
 
@@ -50,11 +43,7 @@ def _is_figure(value: float | None) -> bool:
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """Read a run's logged steps; empty when there are none."""
-    path = run_folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    # A killed run may leave half a line at the end.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return read_step_log(run_folder / METRICS_FILE)
 
 
 def write_curves(run_folder: Path, curves: Sequence[Mapping[str, float]]) -> None:

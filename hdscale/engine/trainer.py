@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hdscale.config.recipe import CheckpointConfig, LogConfig
     from hdscale.engine.engines import Engine
     from hdscale.engine.metrics import MetricsWriter
+    from hdscale.engine.quarantine import Quarantine
     from hdscale.engine.ranks import Ranks
     from hdscale.engine.schedule import Schedule
     from hdscale.engine.stop import StopFlag
@@ -57,6 +58,7 @@ class Trainer(NamedTuple):
     log: LogConfig
     checkpoint: CheckpointConfig
     progress: Progress
+    quarantine: Quarantine
 
 
 def train_step(engine: Engine, prepare: Callable[[Batch], tuple[Any, ...]], batch: Batch) -> LossTerms:
@@ -81,29 +83,38 @@ def train(trainer: Trainer, batches: Iterator[Batch], metrics: MetricsWriter | N
 
     Returns:
         The number of optimizer steps done; a checkpoint of that step is on disk.
+
+    Raises:
+        UserError: too many samples are bad; a checkpoint of the last step is on disk.
     """
     plan = trainer.plan
     meter = _Meter(trainer.ranks)
-    step = saved = plan.start_step
+    step = plan.start_step
     skipped = _Skipped(trainer.engine.skipped_steps, 0)
     while step < plan.end_step:
         _set_lr(trainer.engine, plan.schedule.lr(step))
         for micro_step in range(plan.accumulation):
             seed_everything(plan.seed, step, micro_step, trainer.ranks.rank)
-            meter.add(train_step(trainer.engine, trainer.prepare, to_device(meter.wait_for(batches), trainer.ranks)))
+            batch = meter.wait_for(batches)
+            trainer.quarantine.add(batch.bad)
+            meter.add(train_step(trainer.engine, trainer.prepare, to_device(batch, trainer.ranks)))
         step += 1
         skipped = _count_skipped(trainer.engine, skipped)
         trainer.progress(1)
         stopping = stop.any_rank()
-        if step % trainer.log.every_steps == 0 or step == plan.end_step or stopping:
+        last = step == plan.end_step or stopping
+        logging = last or step % trainer.log.every_steps == 0
+        saving = last or step % trainer.checkpoint.every_steps == 0
+        error = trainer.quarantine.gather(step) if logging or saving else None
+        if logging:
             _log(trainer, meter, metrics, step)
-        if step % trainer.checkpoint.every_steps == 0:
-            saved = _save(trainer, step)
+        if saving or error:
+            _save(trainer, step)
             meter.restart_clock()
+        if error:
+            raise error
         if stopping:
             break
-    if saved != step:
-        _save(trainer, step)
     return step
 
 
@@ -193,6 +204,7 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "skipped_steps": trainer.engine.skipped_steps,
         "images_per_second": rate,
         "data_wait": data_wait,
+        "bad_samples": len(trainer.quarantine.sample_ids),
         "mfu": mfu,
         "memory_gb": peak_memory_gb(trainer.ranks),
     }
@@ -238,7 +250,7 @@ def _save(trainer: Trainer, step: int) -> int:
         "step": step,
         "cursor": step * trainer.plan.global_batch_size,
         **optimizer_state(trainer.engine),
-        "quarantine": [],
+        "quarantine": trainer.quarantine.sample_ids,
         "fingerprints": trainer.fingerprints,
     }
     shard = gather_shard(trainer.engine, trainer.ranks.rank, trainer.ranks.world_size)

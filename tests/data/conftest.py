@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ def digit_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(digit_folder):
     return open_shards(digit_folder, "train")
+
+
+@pytest.fixture
+def damaged(digit_folder, tmp_path):
+    """Open a copy of the digits and spoil some samples then, as happens while training runs."""
+
+    def spoil(sample_ids):
+        shards = open_shards(shutil.copytree(digit_folder, tmp_path / "shards"), "train")
+        for sample_id in sample_ids:
+            record = shards.index[sample_id]
+            with (shards.folder / shards.manifest.shards[record["shard"]].name).open("r+b") as file:
+                file.seek(int(record["offset"]) + 40)
+                file.write(b"damage")
+        return shards
+
+    return spoil
 
 
 @pytest.fixture

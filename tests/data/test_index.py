@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from hdscale.data import index as index_module
 from hdscale.data.index import INDEX_DTYPE, open_shards
+from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
 
 
@@ -150,13 +151,24 @@ def test_a_flipped_byte_is_found_and_its_sample_named(copied, digits):
         file.write(bytes([byte ^ 1]))
     shards = open_shards(copied, "train")
     assert shards.read(449) == digits.read(449)
-    with pytest.raises(UserError, match=r"train-000004.tar: digit-\S+.png \(sample 450\) is damaged \(wrong CRC32\)"):
+    with pytest.raises(BadPicture, match=r"^is damaged \(wrong CRC32\)$"):
         shards.read(450)
+    assert shards.locate(450) == ("train-000004.tar", digits.member_name(450))
 
 
 def test_a_shard_that_goes_away_later_is_named(copied):
     shards = open_shards(copied, "train")
     shards.close()
     (copied / "train-000004.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000004.tar cannot be opened"):
+    with pytest.raises(BadPicture, match=r"^cannot be read \(No such file or directory\)$"):
         shards.read(450)
+    assert shards.locate(450) == ("train-000004.tar", f"byte {int(shards.index[450]['offset'])}")
+
+
+def test_a_shard_that_may_not_be_read_is_refused(copied, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hdscale.data.index.os.pread", refuse)  # chmod stops nobody who runs this as root
+    with pytest.raises(UserError, match=r"train-000000.tar cannot be read \(Permission denied\)"):
+        open_shards(copied, "train")

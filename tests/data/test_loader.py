@@ -1,13 +1,11 @@
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 from hdscale.data.decode import decode_view
-from hdscale.data.index import open_shards
-from hdscale.data.loader import EVAL_VIEW, SequentialLoader, TrainLoader, accumulation_steps, view_fingerprint
+from hdscale.data.loader import SequentialLoader, TrainLoader, accumulation_steps, view_fingerprint
 from hdscale.data.order import build_order
+from hdscale.data.samples import EVAL_VIEW, substitute
 from hdscale.data.views import central_square, view_parameters
 from hdscale.errors import UserError
 
@@ -167,25 +165,57 @@ def test_sequential_loader_without_a_view_shows_whole_pictures(digits, view_conf
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_sample_ends_the_run_with_one_line(digit_folder, digits, view_config, tmp_path, workers):
-    folder = shutil.copytree(digit_folder, tmp_path / "shards")
-    with (folder / "train-000000.tar").open("r+b") as file:
-        file.seek(int(digits.index[2]["offset"]) + 40)
-        file.write(b"damage")
-    shards = open_shards(folder, "train")
-    loader = SequentialLoader(shards, view_config, 0, sample_ids=range(4), view=0, batch_size=2, workers=workers)
+def test_too_many_damaged_samples_end_a_sequential_loader_with_one_line(damaged, view_config, workers):
+    shards = damaged([2, 3])
+    config = view_config.model_copy(update={"max_bad_fraction": 1.5 / shards.num_samples})
+    loader = SequentialLoader(shards, config, 0, sample_ids=range(6), view=0, batch_size=3, workers=workers)
     batches = iter(loader)
-    assert next(batches).sample_ids.tolist() == [0, 1]
-    with pytest.raises(UserError, match=r"train-000000.tar: digit-\S+ \(sample 2\) is damaged") as caught:
+    assert next(batches).sample_ids.tolist() == [0, 1, substitute(2, 1, shards.num_samples)]
+    with pytest.raises(UserError, match=r"2 samples of split train are bad, .* allows 1 \(the last: .*digit") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
 
 
-def test_a_sample_that_cannot_be_decoded_is_named(digits, view_config, monkeypatch):
-    monkeypatch.setattr(type(digits), "read", lambda self, sample_id: b"no picture")
-    loader = SequentialLoader(digits, view_config, 0, sample_ids=[17], view=0, batch_size=1)
-    with pytest.raises(UserError, match=r"train-000000.tar: digit-\S+ \(sample 17\) is none of JPEG"):
-        next(iter(loader))
+def test_a_sequential_loader_says_how_many_samples_were_bad(damaged, view_config, caplog):
+    loader = SequentialLoader(damaged([2]), view_config, 0, sample_ids=[2, 5, 2], view=0, batch_size=1)
+    list(loader)
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        "1 samples were bad, others were shown in their place"
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_show_the_same_substitutes_with_their_masks_and_labels(damaged, view_config, workers):
+    shards = damaged([7, 300, 1000])
+    config = view_config.model_copy(update={"workers": workers})
+    order = build_order(shards.index, config, SEED)
+    steps = shards.num_samples // 64 + 1
+
+    def run(rank, world_size):
+        return TrainLoader(
+            shards,
+            order,
+            config,
+            SEED,
+            global_batch_size=64,
+            micro_batch_size=64 // world_size,
+            rank=rank,
+            world_size=world_size,
+            start_step=0,
+            num_steps=steps,
+            keep_indices=lambda ids, views: np.stack([ids, ids + views + 1], axis=1),
+        )
+
+    one, two = list(run(0, 1)), [batch for rank in range(2) for batch in run(rank, 2)]
+    found = {(bad.sample_id, bad.shown_id) for batch in one for bad in batch.bad}
+    assert found == {(bad, substitute(bad, 1, shards.num_samples)) for bad in (7, 300, 1000)}
+    assert found == {(bad.sample_id, bad.shown_id) for batch in two for bad in batch.bad}
+    ids = torch.cat([batch.sample_ids for batch in one])
+    assert not set(ids.tolist()) & {7, 300, 1000}
+    assert torch.equal(ids.sort().values, torch.cat([batch.sample_ids for batch in two]).sort().values)
+    for batch in one:
+        assert torch.equal(batch.keep_indices[:, 0], batch.sample_ids)
+        assert batch.labels.tolist() == shards.index["label"][batch.sample_ids.numpy()].tolist()
 
 
 def test_batch_sizes_that_do_not_divide_are_refused():

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 import hdscale.engine.distillation as distillation
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
+from hdscale.data.index import open_shards
 from hdscale.engine.assembly import run_loader
 from hdscale.engine.distillation import build_teachers, distill, held_digests, host_teachers, start_session
 from hdscale.engine.engines import held_elements
@@ -31,9 +32,11 @@ from hdscale.engine.ranks import distributed
 from hdscale.engine.smoke import smoke
 from hdscale.engine.trainer import train_step
 from hdscale.engine.training_state import gather_shard
+from hdscale.errors import UserError
 from hdscale.teachers.pair import TeacherPair
 
 ROOT = Path(__file__).resolve().parents[2]
+BAD, MORE_BAD = [3, 31], [10, 44, 59]
 STOP, SHORT = 4, ["student.drop_path=0.3", "schedule.epochs=2.67"]  # after step 4 of 10
 
 
@@ -264,6 +267,40 @@ def pretraining(lab):
     }
 
 
+def damaged(lab):
+    """Train on shards with spoiled samples: few enough, with and without a stop, and too many."""
+    errors = {}
+    for name, ids in (("few", BAD), ("many", [*BAD, *MORE_BAD])):
+        if lab.ranks.is_first:
+            shutil.copytree(lab.folder / "shards", lab.folder / name)
+            _spoil(open_shards(lab.folder / name, "train"), ids)
+        dist.barrier()
+    every = [*SHORT, "mask.source=online", "data.max_bad_fraction=0.05"]  # 3 of 60
+    few, many = (f"data.shards={lab.folder / name}" for name in ("few", "many"))
+    codes = [lab.distill("damaged-whole", 2, *every, few)]
+    codes.append(lab.distill("damaged-cut", 2, *every, few, f"schedule.stop_after={STOP}"))
+    codes.append(lab.distill("damaged-cut", 2, *every, few))
+    try:
+        lab.distill("damaged-many", 2, *every, many)
+    except UserError as error:
+        errors = lab.everyone(str(error))
+    latest = (lab.run_folder("damaged-many") / "checkpoints/latest").read_text().strip()
+    dist.barrier()
+    if lab.ranks.is_first:
+        shutil.copytree(lab.folder / "shards", lab.folder / "many", dirs_exist_ok=True)
+    dist.barrier()
+    codes.append(lab.distill("damaged-many", 2, *every, many))
+    return {"codes": codes, "errors": errors, "latest": latest}
+
+
+def _spoil(shards, ids):
+    for sample_id in ids:
+        record = shards.index[sample_id]
+        with (shards.folder / shards.manifest.shards[record["shard"]].name).open("r+b") as file:
+            file.seek(int(record["offset"]) + 40)
+            file.write(b"damage")
+
+
 def smoke_run(lab):
     texts = {}
     for stage in (2, 3):
@@ -274,7 +311,7 @@ def smoke_run(lab):
 
 
 BY_RANKS = {
-    "2": (masks, curves_of_two, resume, interrupt, elastic_source, elastic, teachers, bf16, smoke_run),
+    "2": (masks, curves_of_two, resume, interrupt, elastic_source, elastic, teachers, bf16, damaged, smoke_run),
     "1": (curves_of_one, elastic, spoiled_teacher, pretraining),
 }
 

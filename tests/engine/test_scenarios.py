@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hdscale.config.recipe import TeacherConfig
 from hdscale.data.index import open_shards
 from hdscale.data.loader import SequentialLoader
 from hdscale.data.order import build_order
+from hdscale.data.samples import substitute
 from hdscale.distiller import build_distiller
 from hdscale.engine.checkpoint import newest_checkpoint
 from hdscale.losses import token_relation
@@ -24,6 +26,7 @@ from hdscale.teachers.weights import weights_digest
 from hdscale.types import Targets
 
 STEPS, BATCH, STOP = 20, 16, 4
+BAD = [3, 31]
 # The last number: student.checkpoint_every.
 TWO = [f"two-z{stage}-{how}" for stage in (2, 3) for how in ("store-0", "online-1", "accumulated")]
 ONE = ["one-z2-accumulated", "one-z2-online-1", "one-z3-store-0"]
@@ -199,6 +202,44 @@ def test_a_checkpoint_of_two_ranks_loads_at_any_stage_and_number_of_ranks(
         assert given == global_batch(recipe, shards, step)[0]
     assert found["code"] == 75
     assert relative_difference(curve(name), curve("two-z2-store-0")[: STOP + 3]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["damaged-whole", "damaged-cut"])
+def test_bad_samples_of_all_ranks_are_listed_once_and_replaced(name, world, two_ranks, curve):
+    assert two_ranks["damaged"]["codes"][:3] == [0, 75, 0]
+    folder = world.folder / "runs" / name
+    lines = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["sample_id"] for line in lines) == BAD
+    for line in lines:
+        assert line["shown_id"] == substitute(line["sample_id"], 1, 60)
+        assert (line["shard"], line["reason"]) == (
+            f"train-{line['sample_id'] // 25:06d}.tar",
+            "is damaged (wrong CRC32)",
+        )
+        assert line["name"].startswith("class")
+    counts = curve(name, "bad_samples")
+    assert counts == [sum(line["step"] <= step for line in lines) for step in range(1, 11)]
+    assert newest_checkpoint(folder).state["quarantine"] == BAD
+
+
+def test_a_run_with_bad_samples_goes_on_bit_for_bit(world, two_ranks, curve):
+    assert curve("damaged-whole") == curve("damaged-cut")
+    assert_same_checkpoints(world, "damaged-whole", "damaged-cut")
+    assert curve("damaged-whole") != curve("cut-z2")
+
+
+def test_too_many_bad_samples_end_the_run_on_all_ranks_with_a_checkpoint(world, two_ranks, curve):
+    one, two = two_ranks["damaged"]["errors"]
+    assert one == two
+    assert re.search(
+        r"many: [45] samples of split train are bad, data.max_bad_fraction 0.05 allows 3 \(the last: ", one
+    )
+    lines = [
+        json.loads(line) for line in (world.folder / "runs/damaged-many/quarantine.jsonl").read_text().splitlines()
+    ]
+    assert two_ranks["damaged"]["latest"] == f"step-{lines[-1]['step']:09d}"
+    assert two_ranks["damaged"]["codes"][3] == 0  # goes on when the shards are mended
+    assert len(curve("damaged-many")) == 10
 
 
 def micro_steps(batches, step, ranks):
