@@ -93,8 +93,10 @@ def test_a_sample_that_cannot_be_decoded_is_bad(digits, view_config, monkeypatch
 
 
 def test_without_any_good_sample_the_run_ends_with_one_line(digits, view_config, monkeypatch):
-    monkeypatch.setattr(type(digits), "read", lambda self, sample_id: b"no picture")
+    tried = []
+    monkeypatch.setattr(type(digits), "read", lambda self, sample_id: tried.append(sample_id) or b"no picture")
     error = load(digits, view_config, [17])
+    assert tried == [17] + [substitute(17, attempt, digits.num_samples) for attempt in range(1, 11)]
     assert isinstance(error, UserError)
     assert re.search(
         r"train-000000.tar: digit-\S+ \(sample 17\) is none of JPEG.*none of 10 others can be shown in its "

@@ -36,7 +36,7 @@ from hdscale.errors import UserError
 from hdscale.teachers.pair import TeacherPair
 
 ROOT = Path(__file__).resolve().parents[2]
-BAD, MORE_BAD = [3, 31], [10, 44, 59]
+BAD, MORE_BAD = [3, 30], [10, 44, 59]
 STOP, SHORT = 4, ["student.drop_path=0.3", "schedule.epochs=2.67"]  # after step 4 of 10
 
 

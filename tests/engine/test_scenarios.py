@@ -26,7 +26,7 @@ from hdscale.teachers.weights import weights_digest
 from hdscale.types import Targets
 
 STEPS, BATCH, STOP = 20, 16, 4
-BAD = [3, 31]
+BAD = [3, 30]
 # The last number: student.checkpoint_every.
 TWO = [f"two-z{stage}-{how}" for stage in (2, 3) for how in ("store-0", "online-1", "accumulated")]
 ONE = ["one-z2-accumulated", "one-z2-online-1", "one-z3-store-0"]
@@ -205,12 +205,16 @@ def test_a_checkpoint_of_two_ranks_loads_at_any_stage_and_number_of_ranks(
 
 
 @pytest.mark.parametrize("name", ["damaged-whole", "damaged-cut"])
-def test_bad_samples_of_all_ranks_are_listed_once_and_replaced(name, world, two_ranks, curve):
+def test_bad_samples_of_all_ranks_are_listed_once_and_replaced(name, world, recipe, two_ranks, curve):
     assert two_ranks["damaged"]["codes"][:3] == [0, 75, 0]
     folder = world.folder / "runs" / name
     lines = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["sample_id"] for line in lines) == BAD
+    order = build_order(open_shards(world.folder / "shards", "train").index, recipe.data, recipe.run.seed)
+    places = {int(sample_id): place for place, sample_id in enumerate(order.sample_ids(0, np.arange(60)))}
+    assert {places[sample_id] // 8 % 2 for sample_id in BAD} == {0, 1}, "both ranks must meet one"
     for line in lines:
+        assert line["step"] == places[line["sample_id"]] // BATCH + 1
         assert line["shown_id"] == substitute(line["sample_id"], 1, 60)
         assert (line["shard"], line["reason"]) == (
             f"train-{line['sample_id'] // 25:06d}.tar",
