@@ -66,8 +66,7 @@ def decode_view(data: bytes, size: tuple[int, int], parameters: ViewParameters, 
     Raises:
         BadPicture: nobody can decode it, or it has another size.
     """
-    resized = _resize(decode_crop(data, size, parameters), img_size)
-    return resized.flip(-1) if parameters.flip else resized
+    return resize_and_flip(decode_crop(data, size, parameters), parameters.flip, img_size)
 
 
 def decode_crop(data: bytes, size: tuple[int, int], box: ViewParameters) -> Tensor:
@@ -87,8 +86,14 @@ def decode_crop(data: bytes, size: tuple[int, int], box: ViewParameters) -> Tens
     return image[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def _resize(image: Tensor, img_size: int) -> Tensor:
-    if image.shape[1:] == (img_size, img_size):
-        return image
-    batch = image[None].contiguous(memory_format=torch.channels_last)  # twice as fast as the strided crop
-    return F.interpolate(batch, (img_size, img_size), mode="bicubic", align_corners=False, antialias=True)[0]
+def resize_and_flip(crop: Tensor, flip: bool, img_size: int) -> Tensor:
+    """Turn a decoded box (3, h, w) uint8 into a view (3, img_size, img_size) uint8, its channels innermost in memory.
+
+    With channels innermost from the decoder to the batch, torch resizes pixels without taking them apart and putting
+    them together again.
+    """
+    pixels = crop.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)  # (1, 3, h, w), in memory (1, h, w, 3)
+    if crop.shape[1:] != (img_size, img_size):
+        size = (img_size, img_size)
+        pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
+    return (pixels.flip(-1) if flip else pixels)[0]

@@ -56,7 +56,9 @@ def load_batch(
         many lines, a value is not.
     """
     shown_ids, bad = np.array(sample_ids), []
-    images = torch.empty(len(sample_ids), 3, config.img_size, config.img_size, dtype=torch.uint8)
+    shape = (len(sample_ids), 3, config.img_size, config.img_size)
+    images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)  # as views come
+    shards.announce(sample_ids)
     try:
         for place, (sample_id, view) in enumerate(zip(sample_ids.tolist(), views.tolist(), strict=True)):
             images[place], shown_ids[place], found = _show(shards, config, seed, sample_id, view)

@@ -43,7 +43,8 @@ class Preprocess:
             (B, 3, img_size, img_size). Another size is reached by antialiased bicubic interpolation.
         """
         mean, std = self._on(images.device)
-        pixels = images.float()
+        # Channels outermost again, as models compute: another layout may choose another kernel, and other last digits.
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
         if images.shape[-2:] != (self.img_size, self.img_size):
             size = (self.img_size, self.img_size)
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
