@@ -7,6 +7,7 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,6 +132,17 @@ class ShardSet:
     def classes(self) -> tuple[str, ...]:
         """Class names by label."""
         return self.manifest.classes
+
+    def announce(self, sample_ids: np.ndarray) -> None:
+        """Let the kernel fetch the bytes of pictures that will be read soon, all at once, while others are decoded.
+
+        A shard that cannot be opened is passed over: `read` tells.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return  # macOS
+        for shard, offset, size in self.index[sample_ids][["shard", "offset", "size"]].tolist():
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, sample_id: int) -> bytes:
         """Return the stored bytes of a picture.

@@ -1,6 +1,7 @@
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import tarfile
@@ -59,6 +60,17 @@ def test_few_files_stay_open(digits, monkeypatch):
     for row in rows:
         assert zlib.crc32(digits.read(row)) == digits.index[row]["crc32"]
         assert len(digits._descriptors) <= 2
+
+
+def test_announced_pictures_are_named_to_the_kernel_and_missing_shards_passed_over(copied, monkeypatch):
+    shards, announced = open_shards(copied, "train"), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *place: announced.append(place))
+    shards.close()
+    (copied / shards.manifest.shards[1].name).unlink()
+    rows = np.array([7, 150, 201])  # of shards 0, 1 and 2
+    shards.announce(rows)
+    wanted = [(*shards.index[row][["offset", "size"]].tolist(), os.POSIX_FADV_WILLNEED) for row in rows]
+    assert announced == [wanted[0], wanted[2]]
 
 
 def test_a_set_of_shards_survives_pickling_without_carrying_its_index(digits):
