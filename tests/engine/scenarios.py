@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import webdataset
 from safetensors.torch import save_file
 
 import hdscale.engine.distillation as distillation
+from data_tools.index_shards import main as index_shards
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.data.index import open_shards
@@ -37,6 +39,7 @@ from hdscale.teachers.pair import TeacherPair
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD, MORE_BAD = [3, 30], [10, 44, 59]
+ONLINE = ["optim.micro_batch_size=16", "mask.source=online", "student.checkpoint_every=1"]
 STOP, SHORT = 4, ["student.drop_path=0.3", "schedule.epochs=2.67"]  # after step 4 of 10
 
 
@@ -116,7 +119,7 @@ def curves_of_one(lab):
     codes = {}
     for name, stage, overrides in (
         ("one-z2-accumulated", 2, ["optim.micro_batch_size=4"]),
-        ("one-z2-online-1", 2, ["optim.micro_batch_size=16", "mask.source=online", "student.checkpoint_every=1"]),
+        ("one-z2-online-1", 2, ONLINE),
         ("one-z3-store-0", 3, ["optim.micro_batch_size=16"]),
     ):
         codes[name] = lab.distill(name, stage, *overrides)
@@ -301,6 +304,18 @@ def _spoil(shards, ids):
             file.write(b"damage")
 
 
+def foreign(lab):
+    """Train on the same pictures in tars that plain webdataset wrote."""
+    folder = lab.folder / "foreign"
+    folder.mkdir()
+    shards = open_shards(lab.folder / "shards", "train")
+    with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=17, verbose=0) as writer:
+        for row in range(shards.num_samples):
+            writer.write({"__key__": f"s{row:05d}", "png": shards.read(row), "json": {"label": row % 3}})
+    assert index_shards(["--input", str(folder), "--workers", "1"]) == 0
+    return lab.distill("foreign", 2, *ONLINE, f"data.shards={folder}", "schedule.stop_after=5")
+
+
 def smoke_run(lab):
     texts = {}
     for stage in (2, 3):
@@ -312,7 +327,7 @@ def smoke_run(lab):
 
 BY_RANKS = {
     "2": (masks, curves_of_two, resume, interrupt, elastic_source, elastic, teachers, bf16, damaged, smoke_run),
-    "1": (curves_of_one, elastic, spoiled_teacher, pretraining),
+    "1": (curves_of_one, foreign, elastic, spoiled_teacher, pretraining),
 }
 
 

@@ -139,6 +139,11 @@ def test_one_rank_trains_as_plain_pytorch_does(name, one_rank, curve, plain_curv
     assert relative_difference(curve(name), plain_curve) <= 1e-5
 
 
+def test_tars_that_plain_webdataset_wrote_train_as_ours_do(one_rank, curve):
+    assert one_rank["foreign"] == 75  # stopped after 5 of 20 steps
+    assert curve("foreign") == curve("one-z2-online-1")[:5]
+
+
 def test_the_logged_rate_is_the_schedule_s(two_ranks, curve):
     assert curve("two-z2-store-0", "lr") == pytest.approx([plain_lr(step) for step in range(STEPS)], rel=1e-12)
 
