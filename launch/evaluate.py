@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 
+from hdscale.ablation.measuring import read_run
 from hdscale.cli import EXIT_DONE, run
-from hdscale.config.loading import load_run_recipe
-from hdscale.engine.checkpoint import require_checkpoint
-from hdscale.engine.metrics import read_metrics, write_curves
+from hdscale.engine.metrics import write_curves
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
@@ -44,17 +42,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.command == "summary":
-        print(_summary([_read(folder) for folder in options.run], options.train_samples, options.output, device))
+        print(_summary([read_run(folder) for folder in options.run], options.train_samples, options.output, device))
     else:
-        print(_classify(_read(options.run), options.command, options.train_samples, device))
+        print(_classify(read_run(options.run), options.command, options.train_samples, device))
     return EXIT_DONE
-
-
-def _read(folder: Path) -> TrainedRun:
-    recipe, checkpoint = load_run_recipe(folder), require_checkpoint(folder)
-    rates = [line["images_per_second"] for line in read_metrics(folder)]
-    rate = statistics.median(rates) if rates else None
-    return TrainedRun(folder, recipe, checkpoint.module_state(), checkpoint.step, rate)
 
 
 def _classify(trained: TrainedRun, how: str, train_samples: int | None, device: torch.device) -> str:
