@@ -1,0 +1,136 @@
+import csv
+import io
+import math
+
+import pytest
+
+from hdscale.ablation.measuring import Measures
+from hdscale.ablation.rendering import Report, render_csv, render_markdown
+from hdscale.ablation.results import RowResult, difference, pairs
+from hdscale.ablation.rows import Paper, Row, Table
+from hdscale.evaluation.accuracy import accuracy_of
+from hdscale.evaluation.curves import AttentionCurves
+
+TABLE = Table(
+    "8",
+    "masks",
+    "none",
+    (
+        Row("teacher", "MAE", model="@mae"),
+        Row("none", "No, 100 %", paper=Paper(50.0, 43.9)),
+        Row("random", "Random | 35 %", paper=Paper(49.2, 43.3)),
+    ),
+    notes=("A note.",),
+)
+
+
+def measures(knn, probe=90, distance=15.0, nmi=0.1, trained=True):
+    curves = AttentionCurves((16.0, 17.0, distance), (0.0, 0.05, nmi))
+    environment = {"git_revision": "abc"} if trained else None
+    rate, gflops = (200.0, 0.0123) if trained else (None, None)
+    return Measures(accuracy_of(knn, 100), accuracy_of(probe, 100), curves, gflops, rate, environment)
+
+
+def result(key, *of):
+    folders = tuple(f"{key}-{seed}" for seed in range(len(of))) if key != "teacher" else ()
+    return RowResult(TABLE.row(key), folders, of)
+
+
+def report(*results, seeds=1, **more):
+    return Report(TABLE, results, seeds, "python launch/ablate.py 8", **more)
+
+
+def test_one_seed_is_judged_by_the_error_of_its_held_out_samples():
+    none, random = result("none", measures(90)), result("random", measures(80))
+    figure = none.figure("knn")
+    assert figure == pytest.approx((90.0, 3.0, 3.0))
+    found = difference(random, none, "knn")
+    assert found.value == pytest.approx(-10)
+    assert found.standard_error == pytest.approx(math.hypot(3.0, 4.0))
+    assert found.is_clear  # -10 of 5
+    assert not difference(result("random", measures(81)), none, "knn").is_clear
+    # Nothing is known of how far another seed's attention would be.
+    assert none.figure("head_distance") == (15.0, None, None)
+    assert difference(random, none, "nmi") is None
+
+
+def test_several_seeds_are_judged_by_their_own_spread():
+    none = result("none", measures(90), measures(91), measures(92))
+    random = result("random", measures(89), measures(89), measures(92))
+    assert none.figure("knn") == pytest.approx((91.0, 1.0, 1 / math.sqrt(3)))
+    assert random.figure("knn") == pytest.approx((90.0, math.sqrt(3), 1.0))
+    found = difference(random, none, "knn")
+    assert found == pytest.approx((-1.0, math.sqrt(1 / 3 + 1)))
+    assert not found.is_clear
+    # Seeds that agree to the sample fall back on the held-out samples' error.
+    agreeing = result("none", measures(90), measures(90))
+    assert agreeing.figure("knn") == pytest.approx((90.0, 0.0, 3.0))
+
+
+def test_rows_that_are_one_run_and_rows_without_training_are_not_compared():
+    teacher, none = result("teacher", measures(50, trained=False)), result("none", measures(90))
+    same = result("random", measures(80))._replace(folders=none.folders)
+    assert pairs(TABLE, [teacher, none, same]) == []
+    assert [(a.row.key, b.row.key) for a, b in pairs(TABLE, [none, result("random", measures(80))])] == [
+        ("random", "none")
+    ]
+
+
+def test_the_page_has_the_paper_s_column_beside_ours_and_says_what_is_no_difference():
+    text = render_markdown(
+        report(
+            result("teacher", measures(50, trained=False)),
+            result("none", measures(90, probe=98)),
+            result("random", measures(82, probe=70)),
+            machine="2 cores",
+            notes=("Digits.",),
+        )
+    )
+    lines = text.splitlines()
+    assert lines[0] == "# Table 8: masks"
+    assert lines[2] == "`python launch/ablate.py 8`, commit abc, on 2 cores"
+    assert len({len(line) for line in lines[4:9]}) == 1  # aligned
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[4:9]]
+    assert cells[0][:5] == ["row", "paper: AP box", "paper: AP mask", "k-NN %", "linear probe %"]
+    assert cells[0][5:] == ["head distance px", "NMI", "GFLOP a step and image", "images/s"]
+    assert cells[2] == ["MAE", "-", "-", "50.0 +- 5.0", "90.0 +- 3.0", "15.0", "0.10", "-", "-"]
+    ours = ["90.0 +- 3.0", "98.0 +- 1.4", "15.0", "0.10", "0.0123", "200"]
+    assert cells[3] == ["No, 100 %", "50.0", "43.9", *ours]
+    assert cells[4][:4] == ["Random \\| 35 %", "49.2", "43.3", "82.0 +- 3.8"]
+    assert "- Digits." in lines
+    assert "- A note." in lines
+    assert (
+        "- Random | 35 % against No, 100 %: k-NN -8.0 points (no difference); linear probe -28.0 points (standard "
+        "error 4.8); the paper: AP box -0.8, AP mask -0.6."
+    ) in lines
+    assert "one seed: how far another would be is unknown" in text
+    assert "Failed" not in text
+
+
+def test_a_figure_has_its_curves_over_layers_and_no_column_of_the_paper_s():
+    figure = TABLE._replace(key="fig1", rows=(Row("none", "None"), Row("random", "Random")))
+    rows = [
+        RowResult(figure.rows[0], ("a",), (measures(90), measures(90, distance=13.0))),
+        RowResult(figure.rows[1], (), ()),
+    ]
+    text = render_markdown(
+        Report(figure, rows, 2, "python launch/ablate.py fig1", failures={"random, seed 0": "no luck"})
+    )
+    assert text.startswith("# Figure 1: masks")
+    assert "paper: AP" not in text
+    assert "| head distance px, layer |    1 |    2 |    3 |" in text
+    assert "| None                    | 16.0 | 17.0 | 14.0 |" in text
+    assert "| Random                  |    - |    - |    - |" in text
+    assert "## Failed\n\n- random, seed 0: no luck\n" in text
+
+
+def test_the_csv_has_unrounded_numbers_and_empty_cells_for_what_is_unknown():
+    text = render_csv(report(result("none", measures(90), measures(91)), result("random"), seeds=2))
+    none, random = csv.DictReader(io.StringIO(text))
+    assert (none["row"], none["paper_ap_box"], none["paper_miou"], none["seeds"]) == ("none", "50.0", "", "2")
+    assert float(none["knn"]) == 90.5
+    assert float(none["knn_spread"]) == pytest.approx(math.sqrt(0.5))
+    assert float(none["head_distance_standard_error"] or "nan") != 0
+    assert none["nmi_by_layer"] == "0 0.05 0.1"
+    assert none["runs"] == "none-0 none-1"
+    assert (random["seeds"], random["knn"], random["gflops_per_image"]) == ("0", "", "")
