@@ -15,7 +15,7 @@ from pathlib import Path
 from hdscale.ablation.plan import Settings
 from hdscale.ablation.scales import SCALES, find_scale
 from hdscale.ablation.tables import TABLES, find_table
-from hdscale.cli import EXIT_DONE, run
+from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
 from hdscale.errors import UserError
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     code = ablate(ablation, launcher, sys.stderr)
     page = table_files(settings)[0]
-    if page.is_file():
+    if code != EXIT_STOPPED and page.is_file():
         print(f"{page.read_text()}\n{page}")
     return code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -38,8 +39,19 @@ class Ablation(NamedTuple):
     command: str  # as the person typed it, for the table's file
 
     def plans(self) -> list[Plan]:
-        """Resolve all rows under all seeds."""
+        """Resolve the rows under all seeds."""
         return Planner(self.settings).plan(self.rows, self.seeds)
+
+    def plans_done(self) -> list[Plan]:
+        """Resolve the table's other rows, as far as they are trained: its file goes on showing them."""
+        planner = Planner(self.settings)
+        done = []
+        for row in self.settings.table.rows:
+            if row in self.rows or row.model:
+                continue
+            with contextlib.suppress(UserError):  # a row that nobody asked for may not fit the arguments
+                done += [plan for plan in planner.plan([row], self.seeds) if plan.is_done]
+        return done
 
 
 def ablate(ablation: Ablation, launcher: Launcher, stream: TextIO | None) -> int:
@@ -53,7 +65,7 @@ def ablate(ablation: Ablation, launcher: Launcher, stream: TextIO | None) -> int
     """
     settings = ablation.settings
     scale, output = settings.scale, settings.output
-    plans = ablation.plans()
+    plans, done = ablation.plans(), ablation.plans_done()
     if not scale.shards:  # the user's own: what is missing must not be found out after hours
         open_held_out(plans[0].recipe.data, plans[0].recipe.evaluation)
     _make_folder(output)
@@ -66,14 +78,14 @@ def ablate(ablation: Ablation, launcher: Launcher, stream: TextIO | None) -> int
         measures[plan.label] = measure_plan(
             plan, output / "measures", train_samples=scale.train_samples, device=device, stream=stream
         )
-        _write(ablation, plans, measures, failures)
+        _write(ablation, [*done, *plans], measures, failures)
 
     try:
-        run_plans(plans, launcher.run, finished, failures)
-    except Stopped:
+        run_plans([*done, *plans], launcher.run, finished, failures)
+    except (Stopped, KeyboardInterrupt):  # while a row was trained, or while one was measured
         _say(stream, "stopped; the same command continues where it was")
         return EXIT_STOPPED
-    _write(ablation, plans, measures, failures)
+    _write(ablation, [*done, *plans], measures, failures)
     for label, reason in failures.reasons.items():
         _say(stream, f"failed: row {label}: {reason}")
     return EXIT_FAILED if failures.reasons else EXIT_DONE
@@ -89,11 +101,15 @@ def _write(ablation: Ablation, plans: Sequence[Plan], measures: dict[str, Measur
     settings = ablation.settings
     table, scale = settings.table, settings.scale
     results = []
-    for row in ablation.rows:
+    for row in table.rows:
         own = [plan for plan in plans if plan.row is row and plan.label in measures]
+        if not own and row not in ablation.rows:
+            continue
         folders = tuple(plan.folder.name for plan in own if plan.folder is not None)
         results.append(RowResult(row, folders, tuple(measures[plan.label] for plan in own)))
-    words = " ".join(override for row in ablation.rows for override in (*table.base, *row.overrides, row.model))
+    words = " ".join(
+        override for result in results for override in (*table.base, *result.row.overrides, result.row.model)
+    )
     stand_ins = [note for name, note in scale.stand_ins.items() if f"@{name}" in words]
     notes = [*scale.notes, *stand_ins, *(table.demo_notes if scale.is_demo else ())]
     report = Report(table, results, ablation.seeds, ablation.command, notes, failures.reasons, _machine())

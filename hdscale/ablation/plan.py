@@ -53,6 +53,11 @@ class Plan(NamedTuple):
         """Name the row and its seed."""
         return self.row.key if self.folder is None else f"{self.row.key}, seed {self.seed}"
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do; what the last job was made from is not needed any more."""
+        return not self.jobs or self.jobs[-1].is_done
+
 
 class Settings(NamedTuple):
     """What a person chose."""

@@ -42,7 +42,7 @@ def render_markdown(report: Report) -> str:
     lines += _main_table(report)
     if table.is_figure:
         lines += ["", *_layer_table(report, "head_distance"), "", *_layer_table(report, "nmi")]
-    lines += ["", _caption(report)]
+    lines += ["", _caption(report), ""]
     lines += [f"- {note}" for note in (*report.notes, *table.notes)]
     if compared := _sentences(report):
         lines += ["", "## Differences", "", *(f"- {sentence}" for sentence in compared)]
@@ -172,7 +172,7 @@ def _sentences(report: Report) -> list[str]:
             parts.append(f"the paper: AP box {paper[0]:+.1f}, AP mask {paper[1]:+.1f}")
         sentences.append(f"{result.row.name} against {reference.row.name}: {'; '.join(parts)}.")
     if sentences:
-        source = "seeds" if report.seeds > 1 else "held-out samples alone"
+        source = f"{report.seeds} seeds, which is itself rough" if report.seeds > 1 else "held-out samples alone"
         sentences.append(f"No difference: under twice the standard error, of {source}.")
     return sentences
 

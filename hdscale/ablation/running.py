@@ -123,7 +123,7 @@ def run_plans(
     for plan in plans:
         reason = None
         for job in plan.jobs:
-            if job.is_done:
+            if plan.is_done or job.is_done:
                 continue
             reason = broken.get(job.marker) or run(job)
             if reason is not None:

@@ -61,6 +61,7 @@ def test_a_table_is_trained_measured_written_and_continued(tmp_path, capsys):
     before = when_written(output)
     assert exit_code(main, [*command, "--rows", "none"]) == 0
     assert when_written(output) == before
+    assert (output / "table-8.md").read_text().replace("--rows none", "--rows none,progressive-70") == page
     capsys.readouterr()
     assert exit_code(main, [*command, "--rows", "none,random", "--dry-run"]) == 0
     listed = capsys.readouterr().out.splitlines()

@@ -30,6 +30,7 @@ def test_what_is_done_is_skipped_and_a_failing_row_does_not_stop_the_others(tmp_
         make_plan(tmp_path, "b", "shared", "broken", "b"),
         make_plan(tmp_path, "c", "shared", "broken", "c"),
         make_plan(tmp_path, "d", "done", "d"),
+        make_plan(tmp_path, "e", "teacher that was deleted", "done"),
     ]
     (tmp_path / "done").write_text("")
     ran, finished, failures = [], [], Failures()
@@ -43,7 +44,7 @@ def test_what_is_done_is_skipped_and_a_failing_row_does_not_stop_the_others(tmp_
 
     run_plans(plans, run, lambda plan: finished.append(plan.row.key), failures)
     assert ran == ["shared", "a", "broken", "d"]  # the job that two rows need is tried once
-    assert finished == ["a", "d"]
+    assert finished == ["a", "d", "e"]
     assert failures.reasons == {"b, seed 0": "broken: no luck", "c, seed 0": "broken: no luck"}
     # The next start does what is left.
     ran.clear()
