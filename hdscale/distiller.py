@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hdscale.errors import UserError
 from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.student.build import build_student
-from hdscale.student.heads import build_head
+from hdscale.student.heads import build_head, build_layer_heads
 from hdscale.types import LossTerms
 from hdscale.vit.tokens import relation_tokens
 
@@ -44,6 +44,7 @@ class Distiller(nn.Module):
         loss: LossConfig,
         *,
         cls_in_relation: bool,
+        layer_heads: nn.ModuleList | None = None,
     ) -> None:
         """Take built parts.
 
@@ -53,6 +54,8 @@ class Distiller(nn.Module):
             relation: how relations are made and compared.
             loss: weights of Eq. 1.
             cls_in_relation: the teacher's relations have the class token as their first row and column.
+            layer_heads: student width to relation teacher width, one a relation layer, where `relation.target` is
+                tokens and the widths differ.
         """
         super().__init__()
         self.student = student
@@ -60,6 +63,7 @@ class Distiller(nn.Module):
         self.relation = relation
         self.loss = loss
         self.cls_in_relation = cls_in_relation
+        self.layer_heads = layer_heads
 
     def forward(self, images: Tensor, targets: Targets) -> LossTerms:
         """Return Eq. 1 of one micro-batch; a teacher that was left out gives a zero term.
@@ -83,17 +87,34 @@ class Distiller(nn.Module):
 
     def _relation_term(self, output: ViTOutput, targets: Targets) -> Tensor:
         assert output.patch_tokens is not None
-        assert len(output.queries) == len(targets.relations), "one teacher relation for each relation layer"
-        terms = []
-        for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
-            query, key = (
-                relation_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation) for x in (query, key)
-            )
-            relation = token_relation(query, key, self.relation.scale, self.relation.heads)
-            terms.append(relation_loss(relation, target, self.loss.beta, self.relation.loss))
+        is_relation = self.relation.target == "relation"
+        terms = self._relation_terms(output, targets) if is_relation else self._token_terms(output, targets)
+        assert len(terms) == len(targets.relations), "the teacher has said something about each relation layer"
         if not terms:
             return torch.zeros((), device=output.patch_tokens.device)
         return torch.stack(terms).mean()
+
+    def _relation_terms(self, output: ViTOutput, targets: Targets) -> list[Tensor]:
+        """Compare relations, layer by layer (Eq. 3)."""
+        terms = []
+        for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
+            query, key = self._related_tokens(query), self._related_tokens(key)
+            relation = token_relation(query, key, self.relation.scale, self.relation.heads)
+            terms.append(relation_loss(relation, target, self.loss.beta, self.relation.loss))
+        return terms
+
+    def _token_terms(self, output: ViTOutput, targets: Targets) -> list[Tensor]:
+        """Compare the tokens of relation layers (Table 5's MSA and T)."""
+        terms = []
+        for place, (tokens, target) in enumerate(zip(output.layer_tokens, targets.relations, strict=True)):
+            tokens = self._related_tokens(tokens)
+            if self.layer_heads is not None:
+                tokens = self.layer_heads[place](tokens)
+            terms.append(feature_loss(tokens, target, self.loss.beta, self.loss.target_norm))
+        return terms
+
+    def _related_tokens(self, x: Tensor) -> Tensor:
+        return relation_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation)
 
 
 def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
@@ -103,7 +124,7 @@ def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, te
 
 def check_heads(relation: RelationConfig, *, student_heads: int, teacher_heads: int) -> None:
     """Refuse head counts that cannot be compared head by head."""
-    if relation.heads == "per_head" and student_heads != teacher_heads:
+    if (relation.target, relation.heads) == ("relation", "per_head") and student_heads != teacher_heads:
         raise UserError(
             f"relation.heads: per_head needs equal head counts, the student has {student_heads} and the relation "
             f"teacher {teacher_heads}; set relation.heads=merged, or student.num_heads={teacher_heads}"
@@ -119,6 +140,7 @@ def build_distiller(
     seed: int,
     feature_dim: int | None,
     relation_heads: int | None,
+    relation_dim: int | None = None,
     teacher_has_cls: bool,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Distiller:
@@ -132,6 +154,7 @@ def build_distiller(
         seed: of the initial weights.
         feature_dim: width of the feature teacher's tokens; None without one.
         relation_heads: attention heads of the relation teacher; None without one.
+        relation_dim: width of its tokens, where `relation.target` is tokens.
         teacher_has_cls: whether the relation teacher has a class token.
         checkpoint_fn: see `ViTEncoder`.
 
@@ -141,12 +164,23 @@ def build_distiller(
     if feature_dim is None and relation_heads is None:
         raise UserError("feature_teacher and relation_teacher are both null: a student needs at least one of them")
     layers = relation.layers if relation_heads is not None else ()
-    model = build_student(student, img_size, seed=seed, relation_layers=layers, checkpoint_fn=checkpoint_fn)
+    model = build_student(
+        student,
+        img_size,
+        seed=seed,
+        relation_layers=layers,
+        layer_output=relation.target,
+        checkpoint_fn=checkpoint_fn,
+    )
     if relation_heads is not None:
         check_heads(relation, student_heads=model.num_heads, teacher_heads=relation_heads)
     head = None if feature_dim is None else build_head(student, model.embed_dim, feature_dim, seed=seed)
     include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teacher_has_cls)
-    return Distiller(model, head, relation, loss, cls_in_relation=include)
+    layer_heads = None
+    if relation_heads is not None and relation.target != "relation":
+        assert relation_dim is not None, "token targets have a width"
+        layer_heads = build_layer_heads(len(layers), model.embed_dim, relation_dim, seed=seed)
+    return Distiller(model, head, relation, loss, cls_in_relation=include, layer_heads=layer_heads)
 
 
 def load_student(config: StudentConfig, img_size: int, weights: Mapping[str, Tensor]) -> Student:

@@ -43,6 +43,8 @@ class ViTOutput(NamedTuple):
     queries: tuple[Tensor, ...]  # per relation layer (B, A, P + N or K, E), as the attention uses them, not yet scaled
     keys: tuple[Tensor, ...]  # per relation layer (B, A, P + N or K, E)
     stage_tokens: tuple[Tensor, ...]  # per mask layer (B, N, T) patch tokens
+    layer_tokens: tuple[Tensor, ...] = ()  # per relation layer (B, P + N or K, T), where they take the place of Q and K
+    keep_indices: Tensor | None = None  # (B, K) int64 ascending, of a model that drops patches between its blocks
 
 
 class Targets(NamedTuple):
@@ -50,7 +52,9 @@ class Targets(NamedTuple):
 
     keep_indices: Tensor | None  # (B, K) int64 ascending; None: the student sees all N tokens
     features: Tensor | None  # (B, K or N, T) feature teacher's patch tokens, not yet standardised
-    relations: tuple[Tensor, ...]  # per relation layer (B, A or 1, P' + K, P' + K) float32; empty without that teacher
+    relations: tuple[Tensor, ...]
+    """Per relation layer (B, A or 1, P' + K, P' + K) float32, or tokens (B, P' + K, T) where `relation.target` asks for
+    them; empty without that teacher."""
 
 
 class LossTerms(NamedTuple):

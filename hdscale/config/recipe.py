@@ -118,7 +118,12 @@ class TeacherConfig(Section):
 
 
 class RelationConfig(Section):
-    """Token relations R = QK^T (Eq. 2) and how they are compared."""
+    """What the relation teacher says about some of its layers, and how it is compared."""
+
+    target: Literal["relation", "attention", "features"] = "relation"
+    """Tables 5 and 6: token relations R = QK^T (Eq. 2); the attention's output MSA; the block's output T. The last two
+    are tokens: standardised as `loss.target_norm` says and compared by smooth L1, after a Linear where widths differ;
+    scale and heads are not for them."""
 
     layers: tuple[int, ...] = (-3, -2)
     """Blocks, 0-indexed, negative from the end: the two before the last (Eq. 3; Table 7's "10,11" of 12)."""
@@ -133,6 +138,8 @@ class RelationConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.loss == "kl" and self.target != "relation":
+            raise ValueError(f"loss kl compares relations, got target {self.target}: set loss to smooth_l1")
         if self.loss == "kl" and self.scale != "softmax":
             raise ValueError(f"loss kl needs scale softmax, got {self.scale}")
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -157,9 +164,21 @@ class MaskConfig(Section):
     """Computed in the step by the relation teacher, or read from `store`."""
     store: str = "masks"
     """Folder written by launch/precompute_masks.py."""
+    in_teacher: Literal["full", "drop"] = "full"
+    """`progressive`: the relation teacher runs on all patches and is masked afterwards (Eq. 1), or `drop` takes patches
+    out on its way (PCAE), which changes what it says about the others and needs masks made online."""
     images_per_forward: int = Field(default=16, ge=1)
     """The mask teacher always runs on exactly this many images (the last group is filled up): a matrix product rounds
     by its shape, and a different rounding could keep a different token. Part of the store's fingerprint."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.in_teacher == "drop" and (self.strategy, self.source) != ("progressive", "online"):
+            raise ValueError(
+                "in_teacher drop needs strategy progressive and source online, since the teacher has to drop patches "
+                f"in every step; got {self.strategy} and {self.source}"
+            )
+        return self
 
     @property
     def by_teacher(self) -> bool:

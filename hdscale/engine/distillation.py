@@ -14,7 +14,7 @@ from hdscale.engine.ranks import distributed
 from hdscale.engine.run_folder import mark_done
 from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
-from hdscale.masking.progressive import expected_num_keep
+from hdscale.masking.progressive import expected_num_keep, patches_by_block
 from hdscale.masking.store import MaskStore
 from hdscale.planning.flops import ViTSizes, hybrid_step_flops
 from hdscale.student.build import student_grid_size
@@ -138,6 +138,7 @@ def start_session(
         seed=recipe.run.seed,
         feature_dim=None if teachers.feature is None else teachers.feature.target_dim,
         relation_heads=None if teachers.relation is None else teachers.relation.num_heads,
+        relation_dim=None if teachers.relation is None else teachers.relation.embed_dim,
         teacher_has_cls=teachers.relation is not None and teachers.relation.has_cls,
         checkpoint_fn=checkpoint_function(ds_config),
     )
@@ -176,6 +177,8 @@ def _flops_per_image(recipe: Recipe, student: Student, teachers: Teachers) -> in
         mask_blocks,
         linear_head=recipe.student.decoder == "linear",
         projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
+        relation_target=recipe.relation.target,
+        block_patches=patches_by_block(mask, patches, depth),
     )
 
 
@@ -201,6 +204,7 @@ def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
             role="relation",
             grid_size=grid_size,
             relation_layers=recipe.relation.layers,
+            layer_output=recipe.relation.target,
             mask=recipe.mask if masks_are_online(recipe.mask) else None,
             field="relation_teacher",
         )

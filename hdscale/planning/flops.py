@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +42,12 @@ def vit_forward_flops(vit: ViTSizes, num_keep: int | None = None) -> int:
 
 
 def student_step_flops(
-    vit: ViTSizes, num_keep: int | None = None, teacher_dim: int = 0, relations: int = 0, recomputed_blocks: int = 0
+    vit: ViTSizes,
+    num_keep: int | None = None,
+    teacher_dim: int = 0,
+    relations: int = 0,
+    recomputed_blocks: int = 0,
+    layer_head_dims: Sequence[int] = (),
 ) -> int:
     """FLOPs of the student's forward and backward on one image: 3 forwards, but none back into the image.
 
@@ -53,29 +58,43 @@ def student_step_flops(
         relations: layers whose QK^T is computed for the relation loss.
         recomputed_blocks: blocks run again in the backward pass by activation checkpointing. Leave them out of
             utilisation figures: the work is not the model's.
+        layer_head_dims: of the Linears behind relation layers, where these are compared token by token.
     """
     num_tokens, patches = _num_tokens(vit, num_keep), _num_tokens(vit, num_keep) - vit.num_prefix_tokens
     blocks = (3 * vit.depth + recomputed_blocks) * block_flops(num_tokens, vit.embed_dim, vit.mlp_ratio)
     head = 2 * patches * vit.embed_dim * teacher_dim
-    return 2 * embed_flops(vit) + blocks + 3 * head + 3 * relations * _relation_flops(vit, num_tokens)
+    layer_heads = 2 * num_tokens * vit.embed_dim * sum(layer_head_dims)
+    relation = relations * _relation_flops(vit, num_tokens)
+    return 2 * embed_flops(vit) + blocks + 3 * (head + layer_heads + relation)
 
 
 def relation_teacher_flops(
-    vit: ViTSizes, num_keep: int | None = None, relation_layers: Sequence[int] = (-3, -2), mask_blocks: int = 0
+    vit: ViTSizes,
+    num_keep: int | None = None,
+    relation_layers: Sequence[int] = (-3, -2),
+    mask_blocks: int = 0,
+    *,
+    target: Literal["relation", "attention", "features"] = "relation",
+    block_patches: Sequence[int] | None = None,
 ) -> int:
-    """FLOPs of the relation teacher's forward on one image, pruned after the query and key of the last layer used.
+    """FLOPs of the relation teacher's forward on one image, pruned after what the last layer used gives.
 
     Args:
         vit: the teacher, which sees all patches.
         num_keep: K tokens whose relations are taken, or None for all.
         relation_layers: blocks, negative from the end; empty when the teacher only makes masks.
         mask_blocks: blocks that masks made online need whole: the last mask layer's number plus one.
+        target: the recipe's `relation.target`; for tokens, the last layer runs whole.
+        block_patches: patches that each block runs on, where the teacher drops some on its way; None: all.
     """
-    num_tokens, dim = _num_tokens(vit), vit.embed_dim
-    whole_blocks = max((layer % vit.depth for layer in relation_layers), default=0)
-    query_key = 2 * num_tokens * dim * 2 * dim if relation_layers and whole_blocks >= mask_blocks else 0
-    blocks = max(whole_blocks, mask_blocks) * block_flops(num_tokens, dim, vit.mlp_ratio)
-    relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
+    dim, with_qk = vit.embed_dim, target == "relation"
+    tokens = [_num_tokens(vit, patches) for patches in block_patches or [vit.num_patches] * vit.depth]
+    whole_blocks = max((layer % vit.depth + (not with_qk) for layer in relation_layers), default=0)
+    query_key = relations = 0
+    if relation_layers and with_qk:
+        query_key = 2 * tokens[whole_blocks] * dim * 2 * dim if whole_blocks >= mask_blocks else 0
+        relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
+    blocks = sum(block_flops(count, dim, vit.mlp_ratio) for count in tokens[: max(whole_blocks, mask_blocks)])
     return embed_flops(vit) + blocks + query_key + relations
 
 
@@ -109,6 +128,8 @@ def hybrid_step_flops(
     *,
     linear_head: bool = True,
     projected_dim: int = 0,
+    relation_target: Literal["relation", "attention", "features"] = "relation",
+    block_patches: Sequence[int] | None = None,
 ) -> int:
     """FLOPs of one training step an image (Eq. 1): student forward and backward, each teacher once.
 
@@ -121,14 +142,27 @@ def hybrid_step_flops(
         mask_blocks: as in `relation_teacher_flops`; 0 when masks come from the store.
         linear_head: the student has a Linear onto the feature target's width.
         projected_dim: as in `feature_teacher_flops`.
+        relation_target: as in `relation_teacher_flops`.
+        block_patches: as in `relation_teacher_flops`.
     """
-    relations = len(relation_layers) if relation_teacher else 0
+    with_qk = relation_target == "relation"
+    relations = len(relation_layers) if relation_teacher and with_qk else 0
+    layer_head_dims = []
+    if relation_teacher and not with_qk and relation_teacher.embed_dim != student.embed_dim:
+        layer_head_dims = [relation_teacher.embed_dim] * len(relation_layers)
     target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher and linear_head else 0
-    total = student_step_flops(student, num_keep, target_dim, relations)
+    total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims)
     if feature_teacher:
         total += feature_teacher_flops(feature_teacher, num_keep, projected_dim)
     if relation_teacher:
-        total += relation_teacher_flops(relation_teacher, num_keep, relation_layers, mask_blocks)
+        total += relation_teacher_flops(
+            relation_teacher,
+            num_keep,
+            relation_layers,
+            mask_blocks,
+            target=relation_target,
+            block_patches=block_patches,
+        )
     return total
 
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import StudentConfig
     from hdscale.types import ViTOutput
+    from hdscale.vit.encoder import LayerOutput
 
 STATE_PREFIX = "encoder.model."
 """What timm's parameter names are prefixed with in a student's state dict."""
 
 
 class Student(nn.Module):
-    """A ViT with its preprocessing: uint8 images in, final patch tokens and the relation layers' Q and K out."""
+    """A ViT with its preprocessing: uint8 images in, final patch tokens and what the relation layers give out."""
 
     def __init__(self, encoder: ViTEncoder, preprocess: Preprocess) -> None:
         super().__init__()
@@ -59,6 +60,7 @@ def build_student(
     *,
     seed: int,
     relation_layers: Sequence[int] = (),
+    layer_output: LayerOutput = "relation",
     checkpoint_every: int | None = None,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Student:
@@ -68,7 +70,8 @@ def build_student(
         config: the recipe's section.
         img_size: side of the views in pixels.
         seed: of the weights; the caller's random state is left alone.
-        relation_layers: blocks whose Q and K are given, 0-indexed, negative from the end.
+        relation_layers: blocks that give `layer_output`, 0-indexed, negative from the end.
+        layer_output: see `ViTEncoder`; the recipe's `relation.target`.
         checkpoint_every: recompute every n-th block in the backward pass; left out: the section's.
         checkpoint_fn: see `ViTEncoder`.
 
@@ -86,6 +89,7 @@ def build_student(
     encoder = ViTEncoder(
         model,
         relation_layers=relation_layers,
+        layer_output=layer_output,
         checkpoint_every=config.checkpoint_every if checkpoint_every is None else checkpoint_every,
         checkpoint_fn=checkpoint_fn,
     )

@@ -39,6 +39,15 @@ class FeatureHead(nn.Module):
         return self.proj(tokens)
 
 
+def build_layer_heads(num_layers: int, embed_dim: int, target_dim: int, *, seed: int) -> nn.ModuleList | None:
+    """Build a Linear from student to teacher width for each of several layers; None where the widths are equal."""
+    if embed_dim == target_dim:
+        return None
+    # Seeds of their own: equal heads would be trained from the same place.
+    heads = [FeatureHead(embed_dim, target_dim, linear=True, seed=seed + 1 + layer) for layer in range(num_layers)]
+    return nn.ModuleList(heads)
+
+
 def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: int) -> FeatureHead:
     """Build the head that `student.decoder` names.
 

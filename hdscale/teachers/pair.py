@@ -59,7 +59,7 @@ class TeacherPair:
         self.cls_in_relation = cls_in_relation
 
     def __call__(self, batch: Batch) -> Targets:
-        """Choose the kept patches and return the teachers' view of them."""
+        """Choose the kept patches and return what the teachers say of them."""
         with torch.no_grad():
             if masks_are_online(self.mask_config):
                 keep_indices, relations = self._masks_and_relations(batch.images)
@@ -96,16 +96,17 @@ class TeacherPair:
         for output, size in grouped_forward(self.relation, images, self.mask_config.images_per_forward):
             keep_indices = choose_keep_indices(output, self.mask_config)
             kept.append(keep_indices[:size])
-            output = _at_patches(output, keep_indices, self.num_patches)
+            if output.keep_indices is None:
+                output = _at_patches(output, keep_indices, self.num_patches)
             relations.append([layer[:size] for layer in self._related(output, keep_indices.shape[1])])
         return torch.cat(kept), tuple(torch.cat(layer) for layer in zip(*relations, strict=True))
 
     def _related(self, output: ViTOutput, num_patches: int) -> tuple[Tensor, ...]:
-        """Turn Q and K of prefix and `num_patches` patch tokens into relations, per layer (B, A or 1, S, S)."""
-        config = self.relation_config
-        relations = []
+        """Turn an output of `num_patches` patches into relations (B, A or 1, S, S) or tokens (B, S, T) by layer."""
+        config, cls = self.relation_config, self.cls_in_relation
+        relations = [relation_tokens(x, x.shape[1] - num_patches, cls=cls) for x in output.layer_tokens]
         for pair in zip(output.queries, output.keys, strict=True):
-            query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=self.cls_in_relation) for x in pair)
+            query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=cls) for x in pair)
             relations.append(token_relation(query, key, config.scale, config.heads))
         return tuple(relations)
 
@@ -123,7 +124,9 @@ def online_keep_indices(relation: Callable[..., ViTOutput], images: Tensor, mask
 
 
 def choose_keep_indices(output: ViTOutput, mask: MaskConfig) -> Tensor:
-    """Choose patches by the relation teacher's stage tokens (Eq. 4, or Table 8's direct mask): (B, K)."""
+    """Choose patches by the relation teacher's stage tokens (Eq. 4, or Table 8's direct mask), or as it did: (B, K)."""
+    if output.keep_indices is not None:
+        return output.keep_indices
     if mask.strategy == "progressive":
         return progressive_keep_indices(output.stage_tokens, mask.stage_keep_ratio)
     (tokens,) = output.stage_tokens
@@ -148,11 +151,10 @@ def grouped_forward(
 
 
 def _at_patches(output: ViTOutput, keep_indices: Tensor, num_patches: int) -> ViTOutput:
-    """Keep Q and K of prefix tokens and kept patches: (B, A, P + N, E) to (B, A, P + K, E)."""
-    if not output.queries:
+    """Keep what relation layers say of prefix tokens and kept patches: (..., P + N, E) to (..., P + K, E)."""
+    layers = {name: getattr(output, name) for name in ("queries", "keys", "layer_tokens")}
+    given = [tensor for tensors in layers.values() for tensor in tensors]
+    if not given:
         return output
-    rows = token_rows(keep_indices, output.queries[0].shape[2] - num_patches)
-    return output._replace(
-        queries=tuple(take_rows(query, rows) for query in output.queries),
-        keys=tuple(take_rows(key, rows) for key in output.keys),
-    )
+    rows = token_rows(keep_indices, given[0].shape[-2] - num_patches)
+    return output._replace(**{name: tuple(take_rows(x, rows) for x in tensors) for name, tensors in layers.items()})

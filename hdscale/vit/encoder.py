@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 Final = Literal["norm", "pre_norm", "projected"]
+LayerOutput = Literal["relation", "attention", "features"]
 
 # Without the check that both passes save tensors of the same shapes: ZeRO-3 may have a parameter gathered in one and
 # emptied in the other pass. Results are equal all the same: random states are kept and the same modules run.
@@ -38,6 +39,7 @@ class ViTEncoder(nn.Module):
         model: VisionTransformer,
         *,
         relation_layers: Sequence[int] = (),
+        layer_output: LayerOutput = "relation",
         stage_layers: Sequence[int] = (),
         stage_at: Literal["output", "input"] = "output",
         final: Final | None = "norm",
@@ -45,12 +47,15 @@ class ViTEncoder(nn.Module):
         checkpoint_every: int = 0,
         prune: bool = False,
         checkpoint_fn: Callable[..., Any] | None = None,
+        drop: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Wrap a model and, to prune it, change it.
 
         Args:
             model: its head stays only where `final` is projected, if pruned.
-            relation_layers: 0-indexed blocks, negative from the end, whose Q and K are given in this order.
+            relation_layers: 0-indexed blocks, negative from the end, which give `layer_output` in this order.
+            layer_output: `relation`: Q and K; `attention`: the attention's output, before it is added to the tokens;
+                `features`: the block's output.
             stage_layers: 0-indexed blocks, negative from the end, whose patch tokens are given in this order.
             stage_at: give those at the blocks' output or at their input.
             final: last block's patch tokens after the final norm, before it, or after norm and head; None: not at all.
@@ -59,6 +64,9 @@ class ViTEncoder(nn.Module):
             checkpoint_every: recompute every n-th block in the backward pass of training; 0: none.
             prune: delete what these arguments leave unused (frozen models only: parameters are split and copied).
             checkpoint_fn: `f(function, tokens)`, which recomputes; left out: torch's, non-reentrant.
+            drop: takes the patch tokens (B, N', T) of a stage layer and returns which of them stay, (B, K') int64
+                ascending; the others go no further (PCAE). Everything that is given is then of the patches that stay
+                to the end, and `keep_indices` names them.
 
         Raises:
             UserError: a layer that the model does not have, or a kind of attention without plain Q and K.
@@ -72,9 +80,12 @@ class ViTEncoder(nn.Module):
         self.tokens = tokens
         self.checkpoint_every = checkpoint_every
         self.checkpoint_fn = checkpoint_fn or recompute
+        self.layer_output: LayerOutput = layer_output
+        self.drop = drop
         self.num_prefix_tokens = int(model.num_prefix_tokens)
-        for layer in self.relation_layers:
-            _check_attention(model.blocks[layer])
+        if layer_output == "relation":
+            for layer in self.relation_layers:
+                _check_attention(model.blocks[layer])
         self.model = model
         if prune:
             self._prune()
@@ -87,9 +98,11 @@ class ViTEncoder(nn.Module):
             keep_indices: (B, K) int64 ascending; None: all N patches.
 
         Returns:
-            Patch tokens and, of all tokens with the P prefix tokens first, Q and K: of the kept patches where
-            `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full.
+            Patch tokens and, of all tokens with the P prefix tokens first, what the relation layers give: of the kept
+            patches where `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full, or of those
+            that no stage before has dropped.
         """
+        assert self.drop is None or keep_indices is None, "a model that drops patches chooses them itself"
         x = self.model.patch_embed(images)
         # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
         x = self.model._pos_embed(x).to(images.dtype)  # (B, P + N, D)
@@ -97,31 +110,57 @@ class ViTEncoder(nn.Module):
         if rows is not None and self.tokens == "kept":
             x, rows = take_rows(x, rows), None
         x = self.model.norm_pre(x)
-        queries, keys, stages = {}, {}, {}
+        taken: dict[int, tuple[list[Tensor], Tensor | None]] = {}
+        stages: dict[int, Tensor] = {}
+        kept = self._all_patches(x) if self.drop is not None else None  # (B, N'): the patches that are still there
         for index, block in enumerate(self.model.blocks):
             if self.stage_at == "input" and index in self.stage_layers:
                 stages[index] = x
-            x, *taken = self._run_block(index, block, x, rows)
-            if taken:
-                queries[index], keys[index] = taken
+                x, kept = self._dropped(x, kept)
+            x, *here = self._run_block(index, block, x, rows)
+            if here:
+                taken[index] = here, kept
             if self.stage_at == "output" and index in self.stage_layers:
                 stages[index] = x
-        if self.stage_at == "input":
-            stages.setdefault(len(self.model.blocks), x)  # a pruned model may end just before a stage
+                x, kept = self._dropped(x, kept)
+        if self.stage_at == "input" and len(self.model.blocks) in self.stage_layers:  # pruned just before a stage
+            stages[len(self.model.blocks)] = x
+            x, kept = self._dropped(x, kept)
+        layers = [self._at_kept(*taken[layer], kept) for layer in self.relation_layers]
+        with_qk = self.layer_output == "relation"
         return ViTOutput(
             patch_tokens=None if self.final is None else self._finish(x, rows),
-            queries=tuple(queries[layer] for layer in self.relation_layers),
-            keys=tuple(keys[layer] for layer in self.relation_layers),
+            queries=tuple(query for query, _ in layers) if with_qk else (),
+            keys=tuple(key for _, key in layers) if with_qk else (),
             stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in self.stage_layers),
+            layer_tokens=() if with_qk else tuple(tokens for (tokens,) in layers),
+            keep_indices=kept,
         )
 
+    def _all_patches(self, x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+
+    def _dropped(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Drop patches at a stage, if the model does: tokens (B, P + K', T), and which patches these are (B, K')."""
+        if self.drop is None or kept is None:
+            return x, kept
+        staying = self.drop(x[:, self.num_prefix_tokens :])
+        return take_rows(x, token_rows(staying, self.num_prefix_tokens)), kept.gather(1, staying)
+
+    def _at_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
+        """Cut what a relation layer gave of the patches `there` (B, N') down to those kept in the end (B, K)."""
+        if there is None or kept is None or there.shape == kept.shape:
+            return tensors
+        rows = token_rows(torch.searchsorted(there.contiguous(), kept.contiguous()), self.num_prefix_tokens)
+        return [take_rows(tensor, rows) for tensor in tensors]
+
     def _run_block(self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the block's tokens and, for a relation layer, Q and K of the wanted rows."""
-        function = partial(_tapped, block) if index in self.relation_layers else block
+        """Return the block's tokens and, for a relation layer, its output of the wanted rows."""
+        function = partial(_TAPPED[self.layer_output], block) if index in self.relation_layers else block
         if isinstance(block, KeptQueryBlock):
             x, *taken = _as_tuple(function(x, rows))
-            if taken and rows is not None:
-                taken[1] = take_rows(taken[1], rows)  # its queries are of the wanted rows already
+            if len(taken) == 2 and rows is not None:
+                taken[1] = take_rows(taken[1], rows)  # keys: everything else is of the wanted rows already
             return x, *taken
         every = self.checkpoint_every
         if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
@@ -147,8 +186,10 @@ class ViTEncoder(nn.Module):
         if self.final != "projected":
             model.head = nn.Identity()
         if self.final is None:
-            num_whole = max([*self.relation_layers, *(layer + offset for layer in self.stage_layers)], default=0)
-            prune_after(model, num_whole, query_key_next=num_whole in self.relation_layers)
+            with_qk = self.layer_output == "relation"
+            relation_ends = self.relation_layers if with_qk else [layer + 1 for layer in self.relation_layers]
+            num_whole = max([*relation_ends, *(layer + offset for layer in self.stage_layers)], default=0)
+            prune_after(model, num_whole, query_key_next=with_qk and num_whole in self.relation_layers)
             return
         if self.final == "pre_norm":
             model.norm, model.fc_norm = nn.Identity(), nn.Identity()
@@ -183,21 +224,39 @@ def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _tapped(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them.
+def _with_queries_and_keys(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them."""
+    attn = cast("Attention", block.attn)
+    return _hooked(block, (attn.q_norm, attn.k_norm), args)
+
+
+def _with_attention_output(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens, and what its attention adds to them (B, S, T), not yet scaled."""
+    return _hooked(block, (cast("nn.Module", block.attn),), args)
+
+
+def _with_output(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens twice: to go on with, and to be given."""
+    x = block(*args)
+    return x, x
+
+
+_TAPPED = {"relation": _with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
+
+
+def _hooked(block: nn.Module, modules: Sequence[nn.Module], args: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens and the outputs of modules in it.
 
     Hooks live for this call only, so that nothing keeps the tensors and a recomputed call takes its own.
     """
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    attn = cast("Attention", block.attn)
-    hooks = [attn.q_norm.register_forward_hook(_into(queries)), attn.k_norm.register_forward_hook(_into(keys))]
+    taken: list[list[Tensor]] = [[] for _ in modules]
+    hooks = [module.register_forward_hook(_into(into)) for module, into in zip(modules, taken, strict=True)]
     try:
         x = block(*args)
     finally:
         for hook in hooks:
             hook.remove()
-    return x, queries[0], keys[0]
+    return x, *(outputs[0] for outputs in taken)
 
 
 def _into(taken: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:

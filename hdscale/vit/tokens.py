@@ -19,10 +19,10 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def relation_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
-    """Drop registers, and the class token unless `cls`: (B, A, P + K, E) to (B, A, S, E), S = K or 1 + K.
+    """Drop registers, and the class token unless `cls`: (..., P + K, E) to (..., S, E), S = K or 1 + K.
 
     Student and teacher share it: row by row, their relations are of the same tokens.
     """
     if not cls:
-        return x[:, :, num_prefix_tokens:]
-    return x if num_prefix_tokens == 1 else torch.cat([x[:, :, :1], x[:, :, num_prefix_tokens:]], dim=2)
+        return x[..., num_prefix_tokens:, :]
+    return x if num_prefix_tokens == 1 else torch.cat([x[..., :1, :], x[..., num_prefix_tokens:, :]], dim=-2)

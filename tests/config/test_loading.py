@@ -32,6 +32,11 @@ def test_the_default_recipe_file_states_the_defaults_of_the_code():
     assert from_file == from_code
 
 
+def test_kl_compares_relations_only():
+    with pytest.raises(UserError, match="relation: loss kl compares relations, got target features"):
+        load_recipe(None, ["relation.loss=kl", "relation.scale=softmax", "relation.target=features"])
+
+
 def test_an_override_replaces_one_field_and_makes_missing_sections():
     recipe = load_recipe(None, ["optim.lr=3e-4", "feature_teacher=null", "relation.layers=[0, 1]"])
     assert recipe.optim.lr == 3e-4
@@ -48,6 +53,7 @@ def test_an_override_replaces_one_field_and_makes_missing_sections():
         ("mask.keep_ratio=1.4", ["mask.keep_ratio must be less than or equal to 1", "got 1.4"]),
         ("student.depth=many", ["student.depth must be a valid integer", "'many'"]),
         ("relation.loss=kl", ["relation: loss kl needs scale softmax, got scaled"]),
+        ("mask.in_teacher=drop", ["mask: in_teacher drop needs strategy progressive and source online", "store"]),
         ("relation.layers=[1, 1]", ["relation: layers must name different blocks, got [1, 1]"]),
         ("schedule.warmup_epochs=50", ["schedule.warmup_epochs must be below schedule.epochs 40, got 50"]),
         ("data.views=0", ["'data.views=0': data.views must be greater than or equal to 1 or 'fresh', got 0"]),

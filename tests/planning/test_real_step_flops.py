@@ -1,9 +1,11 @@
 """The formula of a hybrid step against torch's counter on a real one."""
 
+import pytest
 import torch
 
 from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig, TeacherConfig
 from hdscale.distiller import build_distiller
+from hdscale.masking.progressive import patches_by_block
 from hdscale.planning.flops import ViTSizes, count_flops, hybrid_step_flops
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.pair import TeacherPair
@@ -13,16 +15,17 @@ TINY = ViTSizes(depth=12, embed_dim=192, num_patches=16, patch_size=16)
 BATCH, GRID = 2, 4
 
 
-def real_step(mask):
+def real_step(mask, relation=None, relation_name="vit_tiny_patch16_224"):
     """Build two teachers and a student, and return one training step of them."""
     config = TeacherConfig(name="vit_tiny_patch16_224", weights="random", sharding="replicate")
-    relation, layers = RelationConfig(), RelationConfig().layers
+    relation = relation or RelationConfig()
     feature_teacher = build_teacher(config, role="feature", grid_size=GRID)
     relation_teacher = build_teacher(
-        config,
+        config.model_copy(update={"name": relation_name}),
         role="relation",
         grid_size=GRID,
-        relation_layers=layers,
+        relation_layers=relation.layers,
+        layer_output=relation.target,
         mask=mask if mask.strategy == "progressive" else None,
         field="relation_teacher",
     )
@@ -34,6 +37,7 @@ def real_step(mask):
         seed=0,
         feature_dim=192,
         relation_heads=relation_teacher.num_heads,
+        relation_dim=relation_teacher.embed_dim,
         teacher_has_cls=True,
     )
     pair = TeacherPair(
@@ -59,3 +63,23 @@ def test_the_formula_equals_a_real_step_with_stored_or_random_masks():
 def test_online_progressive_masks_cost_nothing_more():
     step = real_step(MaskConfig(source="online", images_per_forward=BATCH))
     assert count_flops(step) == BATCH * hybrid_step_flops(TINY, TINY, TINY, num_keep=4, mask_blocks=9)
+
+
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_a_teacher_that_drops_patches_costs_less(at):
+    mask = MaskConfig(source="online", in_teacher="drop", images_per_forward=BATCH, at=at)
+    mask_blocks = 9 if at == "output" else 8
+    patches = patches_by_block(mask, 16, 12)
+    expected = hybrid_step_flops(TINY, TINY, TINY, 4, mask_blocks=mask_blocks, block_patches=patches)
+    assert count_flops(real_step(mask)) == BATCH * expected
+    assert expected < hybrid_step_flops(TINY, TINY, TINY, 4, mask_blocks=mask_blocks)
+
+
+@pytest.mark.parametrize("target", ["attention", "features"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
+def test_targets_of_tokens_cost_whole_blocks_and_a_linear_where_widths_differ(target, name):
+    relation = RelationConfig(target=target, layers=(-4, -2))
+    step = real_step(MaskConfig(strategy="random", keep_ratio=0.35), relation, name)
+    teacher = TINY if "tiny" in name else TINY._replace(embed_dim=384)
+    expected = hybrid_step_flops(TINY, TINY, teacher, 5, relation.layers, relation_target=target)
+    assert count_flops(step) == BATCH * expected
