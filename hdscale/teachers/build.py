@@ -12,18 +12,18 @@ from hdscale.errors import UserError
 from hdscale.masking.progressive import keep_share, stage_layers
 from hdscale.teachers.sources import load_source
 from hdscale.teachers.weights import weights_digest
-from hdscale.vit.build import num_heads, patch_size, weight_dtype
+from hdscale.vit.build import img_size, num_heads, patch_size, weight_dtype
 from hdscale.vit.encoder import ViTEncoder
 from hdscale.vit.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
     from hdscale.config.recipe import MaskConfig, TeacherConfig
     from hdscale.types import ViTOutput
+    from hdscale.vit.build import ViT
     from hdscale.vit.encoder import LayerOutput
 
 
@@ -111,8 +111,7 @@ def build_teacher(
         prune=role is not None,
         drop=partial(keep_share, keep_ratio=mask.stage_keep_ratio) if mask and mask.in_teacher == "drop" else None,
     )
-    img_size = int(model.patch_embed.img_size[0])
-    return FrozenTeacher(encoder, Preprocess(img_size, mean, std), depth=depth, digest=digest)
+    return FrozenTeacher(encoder, Preprocess(img_size(model), mean, std), depth=depth, digest=digest)
 
 
 class MaskStages(NamedTuple):
@@ -133,11 +132,11 @@ def mask_stages(mask: MaskConfig, depth: int) -> MaskStages:
     return MaskStages((depth - 1,) if mask.strategy == "direct" else (), "output")
 
 
-def _set_input_size(model: VisionTransformer, config: TeacherConfig, grid_size: int | None, field: str) -> None:
+def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, field: str) -> None:
     """Choose the input so that the teacher's patches are the student's; position embeddings are interpolated."""
     side = patch_size(model)
     if grid_size is None:
-        wanted = config.img_size or int(model.patch_embed.img_size[0])
+        wanted = config.img_size or img_size(model)
         if wanted % side:
             raise UserError(f"{field}.img_size must be a multiple of the patch size {side}, got {wanted}")
     else:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hdscale.errors import UserError
 from hdscale.teachers.files import load_teacher_file
 from hdscale.teachers.weights import fit_state, read_state
-from hdscale.vit.build import create_vit
+from hdscale.vit.build import create_teacher_vit
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
     from hdscale.config.recipe import TeacherConfig
+    from hdscale.vit.build import ViT
 
 _RANDOM_SEED = 0  # `weights: random` gives the same teacher on every rank and in every launch
 
@@ -26,7 +25,7 @@ _POOLING_SETTINGS = {"patch_dropout", "pool_type", "final_ln_after_pool", "outpu
 class Source(NamedTuple):
     """A model at its native input size, and the normalisation it was trained with."""
 
-    model: VisionTransformer
+    model: ViT
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -52,7 +51,7 @@ def _from_timm(config: TeacherConfig, field: str) -> Source:
     elif "clip" not in config.name:
         raise UserError(f"{field}.target projected needs a CLIP model, got {config.name}; set it to norm")
     pretrained = config.weights == "pretrained"
-    model = create_vit(f"{field}.name", arch, pretrained=pretrained, seed=_RANDOM_SEED)
+    model = create_teacher_vit(f"{field}.name", arch, pretrained=pretrained, seed=_RANDOM_SEED)
     if config.weights not in ("pretrained", "random"):
         where = f"{field}.weights"
         fit_state(model, read_state(config.weights, where), source=f"{where}: {config.weights}")
@@ -68,7 +67,7 @@ def _from_open_clip(config: TeacherConfig, field: str) -> Source:
     default: Any = open_clip.constants
     path = None if config.weights == "random" else _open_clip_path(config, field, about)
     arch = _tower_arch(tower, projected=config.target == "projected", quick_gelu=about.get("quick_gelu", False))
-    model = create_vit(f"{field}.name", arch, seed=_RANDOM_SEED)
+    model = create_teacher_vit(f"{field}.name", arch, seed=_RANDOM_SEED)
     if path is not None:
         fit_state(model, read_state(path, f"{field}.weights"), source=f"{field}.weights: {path}")
     mean = about.get("mean", default.OPENAI_DATASET_MEAN)
@@ -79,7 +78,7 @@ def _from_file(config: TeacherConfig, field: str) -> Source:
     if config.target == "projected":
         raise UserError(f"{field}.target projected needs a CLIP model, got a file of hdscale's; set it to norm")
     file = load_teacher_file(config.weights, f"{field}.weights")
-    model = create_vit(f"{field}.weights: {config.weights}", file.arch)
+    model = create_teacher_vit(f"{field}.weights: {config.weights}", file.arch)
     fit_state(model, file.state, source=f"{field}.weights: {config.weights}")
     return Source(model, file.mean, file.std)
 

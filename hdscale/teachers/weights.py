@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as convert_eva
+from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor
 
 from hdscale.errors import UserError
@@ -19,7 +21,7 @@ from hdscale.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from timm.models.vision_transformer import VisionTransformer
+    from hdscale.vit.build import ViT
 
 _WRAPPERS = ("model", "state_dict")
 # Heads, MAE's decoder and mask tokens: parts of other people's checkpoints that a teacher's features do not use.
@@ -56,7 +58,7 @@ def read_state(path: str | Path, field: str) -> dict[str, Tensor]:
     return state
 
 
-def fit_state(model: VisionTransformer, state: Mapping[str, Tensor], *, source: str) -> None:
+def fit_state(model: ViT, state: Mapping[str, Tensor], *, source: str) -> None:
     """Load weights into a model; timm converts other layouts and interpolates position embeddings.
 
     Args:
@@ -69,7 +71,10 @@ def fit_state(model: VisionTransformer, state: Mapping[str, Tensor], *, source: 
     """
     wanted = model.state_dict()
     try:
-        found = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
+        if isinstance(model, Eva):
+            found = convert_eva(dict(state), model)
+        else:
+            found = convert_vit(dict(state), model, adapt_layer_scale=True)
     except (RuntimeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

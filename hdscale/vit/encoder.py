@@ -6,19 +6,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hdscale.errors import UserError
 from hdscale.types import ViTOutput
 from hdscale.vit.pruning import KeptQueryBlock, prune_after, split_last_block
+from hdscale.vit.rotary import as_attended, as_rotation, rotation_of, take_rotation
 from hdscale.vit.tokens import take_rows, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from timm.models.vision_transformer import VisionTransformer
+    from hdscale.vit.build import ViT
 
 Final = Literal["norm", "pre_norm", "projected"]
 LayerOutput = Literal["relation", "attention", "features"]
@@ -29,14 +31,14 @@ recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determi
 
 
 class ViTEncoder(nn.Module):
-    """A timm VisionTransformer that gives patch tokens, Q and K of chosen blocks, and tokens between blocks.
+    """A timm VisionTransformer or Eva that gives patch tokens, Q and K of chosen blocks, and tokens between blocks.
 
     Blocks run as modules and keep their fused attention; Q and K are taken on their way into it.
     """
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: ViT,
         *,
         relation_layers: Sequence[int] = (),
         layer_output: LayerOutput = "relation",
@@ -103,12 +105,10 @@ class ViTEncoder(nn.Module):
             that no stage before has dropped.
         """
         assert self.drop is None or keep_indices is None, "a model that drops patches chooses them itself"
-        x = self.model.patch_embed(images)
-        # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
-        x = self.model._pos_embed(x).to(images.dtype)  # (B, P + N, D)
+        x, rotation = self._embed(images)
         rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
-        if rows is not None and self.tokens == "kept":
-            x, rows = take_rows(x, rows), None
+        if rows is not None and keep_indices is not None and self.tokens == "kept":
+            x, rows, rotation = take_rows(x, rows), None, take_rotation(rotation, keep_indices)
         x = self.model.norm_pre(x)
         taken: dict[int, tuple[list[Tensor], Tensor | None]] = {}
         stages: dict[int, Tensor] = {}
@@ -116,16 +116,16 @@ class ViTEncoder(nn.Module):
         for index, block in enumerate(self.model.blocks):
             if self.stage_at == "input" and index in self.stage_layers:
                 stages[index] = x
-                x, kept = self._dropped(x, kept)
-            x, *here = self._run_block(index, block, x, rows)
+                x, kept, rotation = self._dropped(x, kept, rotation)
+            x, *here = self._run_block(index, block, x, rows, rotation)
             if here:
                 taken[index] = here, kept
             if self.stage_at == "output" and index in self.stage_layers:
                 stages[index] = x
-                x, kept = self._dropped(x, kept)
+                x, kept, rotation = self._dropped(x, kept, rotation)
         if self.stage_at == "input" and len(self.model.blocks) in self.stage_layers:  # pruned just before a stage
             stages[len(self.model.blocks)] = x
-            x, kept = self._dropped(x, kept)
+            x, kept, rotation = self._dropped(x, kept, rotation)
         layers = [self._at_kept(*taken[layer], kept) for layer in self.relation_layers]
         with_qk = self.layer_output == "relation"
         return ViTOutput(
@@ -137,15 +137,30 @@ class ViTEncoder(nn.Module):
             keep_indices=kept,
         )
 
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return all tokens (B, P + N, D) and, of a model with rotary embeddings, the rotation of each patch."""
+        x = self.model.patch_embed(images)
+        rotation = None
+        if isinstance(self.model, Eva):
+            x, rope = self.model._pos_embed(x)
+            rotation = as_rotation(rope, by_block=self.model.rope_mixed)
+        else:
+            x = self.model._pos_embed(x)
+        # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
+        return x.to(images.dtype), rotation
+
     def _all_patches(self, x: Tensor) -> Tensor:
         return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
 
-    def _dropped(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Drop patches at a stage, if the model does: tokens (B, P + K', T), and which patches these are (B, K')."""
+    def _dropped(
+        self, x: Tensor, kept: Tensor | None, rotation: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Drop patches at a stage, if the model does: tokens (B, P + K', T), which patches they are, and rotations."""
         if self.drop is None or kept is None:
-            return x, kept
+            return x, kept, rotation
         staying = self.drop(x[:, self.num_prefix_tokens :])
-        return take_rows(x, token_rows(staying, self.num_prefix_tokens)), kept.gather(1, staying)
+        x = take_rows(x, token_rows(staying, self.num_prefix_tokens))
+        return x, kept.gather(1, staying), take_rotation(rotation, staying)
 
     def _at_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
         """Cut what a relation layer gave of the patches `there` (B, N') down to those kept in the end (B, K)."""
@@ -154,9 +169,13 @@ class ViTEncoder(nn.Module):
         rows = token_rows(torch.searchsorted(there.contiguous(), kept.contiguous()), self.num_prefix_tokens)
         return [take_rows(tensor, rows) for tensor in tensors]
 
-    def _run_block(self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+    def _run_block(
+        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, rotation: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Return the block's tokens and, for a relation layer, its output of the wanted rows."""
         function = partial(_TAPPED[self.layer_output], block) if index in self.relation_layers else block
+        if rotation is not None:
+            function = partial(function, rope=rotation_of(rotation, index))
         if isinstance(block, KeptQueryBlock):
             x, *taken = _as_tuple(function(x, rows))
             if len(taken) == 2 and rows is not None:
@@ -213,7 +232,7 @@ def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, 
 
 def _check_attention(block: nn.Module) -> None:
     attn = getattr(block, "attn", None)
-    if type(attn) is not Attention:
+    if type(attn) not in (Attention, AttentionRope, EvaAttention):
         raise UserError(
             f"relation.layers need blocks with timm's Attention, got {type(block).__name__} with "
             f"{type(attn).__name__}; choose another model"
@@ -224,27 +243,30 @@ def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _with_queries_and_keys(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, ...]:
+def _with_queries_and_keys(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
     """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them."""
     attn = cast("Attention", block.attn)
-    return _hooked(block, (attn.q_norm, attn.k_norm), args)
+    x, query, key = _hooked(block, (attn.q_norm, attn.k_norm), args, rope)
+    return x, *as_attended(attn, query, key, rope)
 
 
-def _with_attention_output(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, ...]:
+def _with_attention_output(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
     """Run a block and return its tokens, and what its attention adds to them (B, S, T), not yet scaled."""
-    return _hooked(block, (cast("nn.Module", block.attn),), args)
+    return _hooked(block, (cast("nn.Module", block.attn),), args, rope)
 
 
-def _with_output(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, ...]:
+def _with_output(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
     """Run a block and return its tokens twice: to go on with, and to be given."""
-    x = block(*args)
+    (x,) = _hooked(block, (), args, rope)
     return x, x
 
 
 _TAPPED = {"relation": _with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
 
 
-def _hooked(block: nn.Module, modules: Sequence[nn.Module], args: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _hooked(
+    block: nn.Module, modules: Sequence[nn.Module], args: Sequence[Tensor | None], rope: Tensor | None
+) -> tuple[Tensor, ...]:
     """Run a block and return its tokens and the outputs of modules in it.
 
     Hooks live for this call only, so that nothing keeps the tensors and a recomputed call takes its own.
@@ -252,7 +274,7 @@ def _hooked(block: nn.Module, modules: Sequence[nn.Module], args: Sequence[Tenso
     taken: list[list[Tensor]] = [[] for _ in modules]
     hooks = [module.register_forward_hook(_into(into)) for module, into in zip(modules, taken, strict=True)]
     try:
-        x = block(*args)
+        x = block(*args) if rope is None else block(*args, rope=rope)
     finally:
         for hook in hooks:
             hook.remove()

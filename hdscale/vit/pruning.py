@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from hdscale.vit.tokens import take_rows
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
+    from hdscale.vit.build import ViT
 
 
 class QueryKeyAttention(nn.Module):
@@ -94,7 +94,7 @@ def is_plain(block: nn.Module) -> TypeGuard[Block]:
     return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
-def prune_after(model: VisionTransformer, num_whole: int, *, query_key_next: bool) -> None:
+def prune_after(model: ViT, num_whole: int, *, query_key_next: bool) -> None:
     """Delete everything behind the first `num_whole` blocks; of the next block, its Q and K may stay.
 
     Args:
@@ -107,12 +107,15 @@ def prune_after(model: VisionTransformer, num_whole: int, *, query_key_next: boo
     if query_key_next:
         next_block = blocks[num_whole]
         kept.append(QueryKeyBlock(next_block) if is_plain(next_block) else next_block)
-    model.blocks = nn.Sequential(*kept)
+    if isinstance(model, VisionTransformer):
+        model.blocks = nn.Sequential(*kept)
+    else:
+        model.blocks = nn.ModuleList(kept)
     model.norm = nn.Identity()
     model.fc_norm = nn.Identity()
 
 
-def split_last_block(model: VisionTransformer) -> None:
+def split_last_block(model: ViT) -> None:
     """Let the last block finish wanted tokens only, in place; a block that is not timm's standard one stays whole."""
     last = model.blocks[-1]
     if is_plain(last):

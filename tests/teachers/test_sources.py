@@ -103,7 +103,7 @@ def test_position_embeddings_of_another_grid_are_interpolated():
         ({"name": "vit_tny_patch16_224"}, r"relation_teacher\.name must be a timm model, .* did you mean"),
         (
             {"name": "swin_tiny_patch4_window7_224"},
-            r"relation_teacher\.name must be a timm VisionTransformer, got a Swin",
+            r"relation_teacher\.name must be a timm VisionTransformer or Eva, got a Swin",
         ),
         ({"name": "vit_tiny_patch16_224", "target": "projected"}, r"relation_teacher\.target projected needs a CLIP"),
         (
