@@ -6,7 +6,7 @@ the default is.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -97,7 +97,9 @@ class TeacherConfig(Section):
     source: Literal["timm", "open_clip", "file"] = "timm"
     """`timm` and `open_clip` take an architecture by `name`; `file` takes it from the file at `weights` (hdscale's)."""
     name: str = ""
-    """`vit_large_patch16_224.mae` for timm; `ViT-L-14` for open_clip."""
+    """`vit_large_patch16_224.mae` for timm; `ViT-L-14` for open_clip. With a source before it, and weights behind it
+    where they are not the default, it stands for all three fields: `timm:vit_large_patch16_224.mae`,
+    `open_clip:ViT-L-14/openai`, `file:mae.safetensors`; so does a section that is nothing but such a name."""
     weights: str = "pretrained"
     """`pretrained` (timm's), an open_clip tag such as `openai`, `random` (tests and smoke runs), or a file's path."""
     img_size: int | None = Field(default=None, ge=1)
@@ -107,6 +109,29 @@ class TeacherConfig(Section):
     """Feature teacher: last block's tokens after the final norm, before it, or projected (CLIP)."""
     sharding: Literal["replicate", "zero3"] = "zero3"
     """Between steps, each rank holds the whole teacher, or its share of it (DeepSpeed ZeRO-3 inference engine)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_name(cls, values: Any) -> Any:
+        """Turn SOURCE:NAME/WEIGHTS into the three fields, which may be given as well if they say the same."""
+        if isinstance(values, str):
+            if ":" not in values:
+                raise ValueError(f"must be SOURCE:NAME, such as open_clip:ViT-L-14/openai, got {values}")
+            values = {"name": values}
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str) or ":" not in values["name"]:
+            return values
+        short = values["name"]
+        source, _, rest = short.partition(":")
+        if source not in ("timm", "open_clip", "file"):
+            raise ValueError(f"name must start with timm:, open_clip: or file:, got {short}")
+        name, slash, weights = ("", "/", rest) if source == "file" else rest.partition("/")
+        said = {"source": source, "name": name, **({"weights": weights} if slash else {})}
+        for field in ("source", "weights"):
+            if field in said and values.get(field, said[field]) != said[field]:
+                raise ValueError(
+                    f"name {short} says that {field} is {said[field]}, got {field} {values[field]}: leave one of them out"
+                )
+        return {**values, **said}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

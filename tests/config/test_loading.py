@@ -10,6 +10,7 @@ from hdscale.config.loading import (
     load_recipe,
     load_run_recipe,
 )
+from hdscale.config.recipe import TeacherConfig
 from hdscale.errors import UserError
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -46,8 +47,52 @@ def test_an_override_replaces_one_field_and_makes_missing_sections():
 
 
 @pytest.mark.parametrize(
+    ("short", "source", "name", "weights"),
+    [
+        ("timm:vit_base_patch16_224.mae", "timm", "vit_base_patch16_224.mae", "pretrained"),
+        ("timm:vit_base_patch16_224/random", "timm", "vit_base_patch16_224", "random"),
+        ("timm:vit_base_patch16_224//data/mae.pth", "timm", "vit_base_patch16_224", "/data/mae.pth"),
+        ("open_clip:ViT-B-16/openai", "open_clip", "ViT-B-16", "openai"),
+        ("file:teachers/mae.safetensors", "file", "", "teachers/mae.safetensors"),
+    ],
+)
+def test_a_teacher_s_name_may_stand_for_source_name_and_weights(short, source, name, weights, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"feature_teacher: {short}\nrelation_teacher: {{name: '{short}', sharding: replicate}}")
+    recipe = load_recipe(path, ["feature_teacher.img_size=64"])
+    assert recipe.feature_teacher == TeacherConfig(source=source, name=name, weights=weights, img_size=64)
+    assert recipe.relation_teacher == TeacherConfig(source=source, name=name, weights=weights, sharding="replicate")
+    assert load_recipe(None, [f"feature_teacher={short}"]).feature_teacher == TeacherConfig(
+        source=source, name=name, weights=weights
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_run_recipe(tmp_path) == recipe
+
+
+def test_fields_that_say_what_the_name_says_are_no_contradiction():
+    given = {"source": "open_clip", "name": "open_clip:ViT-B-16/openai", "weights": "openai"}
+    assert TeacherConfig(**given) == TeacherConfig(source="open_clip", name="ViT-B-16", weights="openai")
+    assert TeacherConfig(name="timm:vit_tiny_patch16_224", weights="a.pth").weights == "a.pth"
+
+
+@pytest.mark.parametrize(
     ("override", "parts"),
     [
+        (
+            "feature_teacher=vit_base_patch16_224",
+            ["feature_teacher: must be SOURCE:NAME, such as", "got vit_base_patch16_224"],
+        ),
+        ("feature_teacher=hub:x", ["name must start with timm:, open_clip: or file:, got hub:x"]),
+        (
+            "relation_teacher={source: timm, name: open_clip:ViT-B-16/openai}",
+            ["relation_teacher: name open_clip:ViT-B-16/openai says that source is open_clip, got source timm: leave"],
+        ),
+        (
+            "feature_teacher={weights: openai, name: open_clip:ViT-L-14/laion2b_s32b_b82k}",
+            ["says that weights is laion2b_s32b_b82k, got weights openai: leave one of them out"],
+        ),
+        ("feature_teacher=timm:/random", ["feature_teacher: name must say which timm model"]),
+        ("feature_teacher=file:random", ["feature_teacher: weights must be a file's path"]),
         ("mask.keep_ratoi=1", ["unknown key mask.keep_ratoi", "did you mean mask.keep_ratio?"]),
         ("keep_ratio=0.3", ["unknown key keep_ratio", "did you mean mask.keep_ratio?"]),
         ("mask.keep_ratio=1.4", ["mask.keep_ratio must be less than or equal to 1", "got 1.4"]),
