@@ -14,6 +14,7 @@ from hdscale.teachers.weights import weights_digest
 from hdscale.vit.build import num_heads, patch_size, weight_dtype
 from hdscale.vit.encoder import ViTEncoder
 from hdscale.vit.preprocess import Preprocess
+from hdscale.vit.rel_pos import resize_rel_pos_bias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,3 +143,4 @@ def _set_input_size(model: VisionTransformer, config: TeacherConfig, grid_size: 
                 f"{grid_size} x {grid_size}, got {wanted}; or leave it out"
             )
     model.set_input_size((wanted, wanted))
+    resize_rel_pos_bias(model)

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from hdscale.errors import UserError
+from hdscale.vit.rel_pos import add_rel_pos_bias
 
 
 def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, seed: int = 0) -> VisionTransformer:
@@ -17,7 +18,8 @@ def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, se
 
     Args:
         field: the recipe's field that named the model, for messages.
-        arch: `model_name` and sizes that replace the named model's.
+        arch: `model_name` and sizes that replace the named model's; `rel_pos_bias: True` adds to timm's model what
+            `student.rel_pos_bias` says.
         pretrained: load timm's weights, from its cache or the network.
         seed: of the random initial weights; the caller's random state is left alone.
 
@@ -25,6 +27,8 @@ def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, se
         UserError: timm has no such model, or it is no VisionTransformer, or its sizes or weights do not work.
     """
     name = arch["model_name"]
+    has_bias = arch.get("rel_pos_bias", False)
+    arch = {key: value for key, value in arch.items() if key != "rel_pos_bias"}
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them"
@@ -36,7 +40,10 @@ def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, se
     except (AssertionError, RuntimeError, TypeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: timm cannot create {_call(arch, pretrained)}: {reason}") from error
-    return check_vit(field, model)
+    model = check_vit(field, model)
+    if has_bias:
+        add_rel_pos_bias(field, model)
+    return model
 
 
 def check_vit(field: str, model: torch.nn.Module) -> VisionTransformer:

@@ -45,6 +45,7 @@ class ViTEncoder(nn.Module):
         checkpoint_every: int = 0,
         prune: bool = False,
         checkpoint_fn: Callable[..., Any] | None = None,
+        mask_token: nn.Parameter | None = None,
     ) -> None:
         """Wrap a model and, to prune it, change it.
 
@@ -58,7 +59,9 @@ class ViTEncoder(nn.Module):
                 (teachers): all patches go through, and Q, K and final tokens of the kept ones come out.
             checkpoint_every: recompute every n-th block in the backward pass of training; 0: none.
             prune: delete what these arguments leave unused (frozen models only: parameters are split and copied).
-            checkpoint_fn: `f(function, tokens)`, which recomputes; left out: torch's, non-reentrant.
+            checkpoint_fn: `f(function, *tensors)`, which recomputes; left out: torch's, non-reentrant.
+            mask_token: (1, 1, D), which stands for the patches outside `keep_indices` where `tokens` is kept: all N
+                patches go through, final tokens are of all, and Q and K of the kept ones come out.
 
         Raises:
             UserError: a layer that the model does not have, or a kind of attention without plain Q and K.
@@ -72,6 +75,7 @@ class ViTEncoder(nn.Module):
         self.tokens = tokens
         self.checkpoint_every = checkpoint_every
         self.checkpoint_fn = checkpoint_fn or recompute
+        self.mask_token = mask_token
         self.num_prefix_tokens = int(model.num_prefix_tokens)
         for layer in self.relation_layers:
             _check_attention(model.blocks[layer])
@@ -91,54 +95,70 @@ class ViTEncoder(nn.Module):
             `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full.
         """
         x = self.model.patch_embed(images)
+        if self.mask_token is not None and keep_indices is not None:
+            x = _hide_others(x, keep_indices, self.mask_token)
         # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
         x = self.model._pos_embed(x).to(images.dtype)  # (B, P + N, D)
         rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
-        if rows is not None and self.tokens == "kept":
-            x, rows = take_rows(x, rows), None
+        seen = None  # rows of the tokens that go through the blocks; None: all
+        if rows is not None and self.tokens == "kept" and self.mask_token is None:
+            x, seen, rows = take_rows(x, rows), rows, None
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(seen).to(x.dtype)
         x = self.model.norm_pre(x)
         queries, keys, stages = {}, {}, {}
         for index, block in enumerate(self.model.blocks):
             if self.stage_at == "input" and index in self.stage_layers:
                 stages[index] = x
-            x, *taken = self._run_block(index, block, x, rows)
+            x, *taken = self._run_block(index, block, x, rows, bias)
             if taken:
                 queries[index], keys[index] = taken
             if self.stage_at == "output" and index in self.stage_layers:
                 stages[index] = x
         if self.stage_at == "input":
             stages.setdefault(len(self.model.blocks), x)  # a pruned model may end just before a stage
+        prefix, patches = self._finish(x, rows if self.mask_token is None else None)
         return ViTOutput(
-            patch_tokens=None if self.final is None else self._finish(x, rows),
+            patch_tokens=patches,
             queries=tuple(queries[layer] for layer in self.relation_layers),
             keys=tuple(keys[layer] for layer in self.relation_layers),
             stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in self.stage_layers),
+            prefix_tokens=prefix,
+            attention_bias=bias,
         )
 
-    def _run_block(self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+    @property
+    def rel_pos_bias(self) -> nn.Module | None:
+        """The model's bias of all blocks' attention, see hdscale.vit.rel_pos."""
+        return getattr(self.model, "rel_pos_bias", None)
+
+    def _run_block(
+        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Return the block's tokens and, for a relation layer, Q and K of the wanted rows."""
         function = partial(_tapped, block) if index in self.relation_layers else block
         if isinstance(block, KeptQueryBlock):
-            x, *taken = _as_tuple(function(x, rows))
+            x, *taken = _as_tuple(function(x, rows, bias))
             if taken and rows is not None:
                 taken[1] = take_rows(taken[1], rows)  # its queries are of the wanted rows already
             return x, *taken
+        inputs = (x,) if bias is None else (x, bias)
         every = self.checkpoint_every
         if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
-            x, *taken = _as_tuple(self.checkpoint_fn(function, x))
+            x, *taken = _as_tuple(self.checkpoint_fn(function, *inputs))
         else:
-            x, *taken = _as_tuple(function(x))
+            x, *taken = _as_tuple(function(*inputs))
         return x, *(tensor if rows is None else take_rows(tensor, rows) for tensor in taken)
 
-    def _finish(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Turn the last block's tokens into patch tokens (B, N or K, T)."""
+    def _finish(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Turn the last block's tokens into prefix tokens (B, P, D) and patch tokens (B, N or K, T)."""
+        if self.final is None:
+            return None, None
         if rows is not None and not isinstance(self.model.blocks[-1], KeptQueryBlock):
             x = take_rows(x, rows)
-        x = x[:, self.num_prefix_tokens :]
-        if self.final == "pre_norm":
-            return x
-        x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
-        return self.model.head(x) if self.final == "projected" else x
+        if self.final != "pre_norm":
+            x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return prefix, self.model.head(patches) if self.final == "projected" else patches
 
     def _prune(self) -> None:
         model, depth = self.model, len(self.model.blocks)
@@ -168,6 +188,12 @@ def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, 
                 f"{field} must be between {-depth} and {depth - 1} for a model of {depth} blocks, got {layer}"
             )
     return tuple(layer % depth for layer in layers)
+
+
+def _hide_others(x: Tensor, keep_indices: Tensor, mask_token: Tensor) -> Tensor:
+    """Put the mask token (1, 1, D) in the place of all patches (B, N, D) but the kept ones (B, K)."""
+    kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, keep_indices, True)
+    return torch.where(kept.unsqueeze(-1), x, mask_token.to(x.dtype))
 
 
 def _check_attention(block: nn.Module) -> None:
