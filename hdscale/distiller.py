@@ -1,4 +1,4 @@
-"""The one module DeepSpeed wraps: the student, its removable feature head, and Eq. 1.
+"""The one module DeepSpeed wraps: the student, its removable decoder and feature head, and Eq. 1.
 
 Teachers stay outside: inside, ZeRO-3 would partition them with the student and every checkpoint would carry them.
 """
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from hdscale.errors import UserError
 from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.student.build import build_student
+from hdscale.student.decoder import TransformerDecoder, build_decoder
 from hdscale.student.heads import build_head, build_layer_heads
 from hdscale.types import LossTerms
-from hdscale.vit.tokens import relation_tokens
+from hdscale.vit.tokens import other_indices, relation_tokens, take_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,20 +46,23 @@ class Distiller(nn.Module):
         *,
         cls_in_relation: bool,
         layer_heads: nn.ModuleList | None = None,
+        decoder: TransformerDecoder | None = None,
     ) -> None:
         """Take built parts.
 
         Args:
             student: gives final patch tokens, and Q and K of the relation layers when there is a relation teacher.
-            head: student width to feature teacher width; None without a feature teacher.
+            head: student or decoder width to feature teacher width; None without a feature teacher.
             relation: how relations are made and compared.
             loss: weights of Eq. 1.
             cls_in_relation: the teacher's relations have the class token as their first row and column.
             layer_heads: student width to relation teacher width, one a relation layer, where `relation.target` is
                 tokens and the widths differ.
+            decoder: blocks before the head; None: none.
         """
         super().__init__()
         self.student = student
+        self.decoder = decoder
         self.head = head
         self.relation = relation
         self.loss = loss
@@ -82,8 +86,19 @@ class Distiller(nn.Module):
         assert output.patch_tokens is not None
         if self.head is None or targets.features is None:
             return torch.zeros((), device=output.patch_tokens.device)
-        tokens = self.head(output.patch_tokens)  # (B, K, T)
+        tokens = output.patch_tokens
+        if self.decoder is not None:
+            tokens = self.decoder(output.prefix_tokens, tokens, targets.keep_indices)  # (B, K or N, decoder width)
+        tokens = self.head(self._compared(tokens, targets.keep_indices))  # (B, K, N - K or N, T)
         return feature_loss(tokens, targets.features, self.loss.beta, self.loss.target_norm)
+
+    def _compared(self, tokens: Tensor, keep_indices: Tensor | None) -> Tensor:
+        """Take the patches of `loss.features_on` out of all N, where there are that many, or the K kept ones."""
+        if keep_indices is None or self.loss.features_on == "all":
+            return tokens
+        if self.loss.features_on == "hidden":
+            return take_rows(tokens, other_indices(keep_indices, tokens.shape[1]))
+        return tokens if tokens.shape[1] == keep_indices.shape[1] else take_rows(tokens, keep_indices)
 
     def _relation_term(self, output: ViTOutput, targets: Targets) -> Tensor:
         assert output.patch_tokens is not None
@@ -144,7 +159,7 @@ def build_distiller(
     teacher_has_cls: bool,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Distiller:
-    """Build student, head and losses for the teachers there are.
+    """Build student, decoder, head and losses for the teachers there are.
 
     Args:
         student: the recipe's section, as the next two.
@@ -174,13 +189,17 @@ def build_distiller(
     )
     if relation_heads is not None:
         check_heads(relation, student_heads=model.num_heads, teacher_heads=relation_heads)
-    head = None if feature_dim is None else build_head(student, model.embed_dim, feature_dim, seed=seed)
+    head = decoder = None
+    if feature_dim is not None:
+        decoder = build_decoder(student, model, seed=seed)
+        width = model.embed_dim if decoder is None else decoder.decoder_dim
+        head = build_head(student, width, feature_dim, seed=seed)
     include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teacher_has_cls)
     layer_heads = None
     if relation_heads is not None and relation.target != "relation":
         assert relation_dim is not None, "token targets have a width"
         layer_heads = build_layer_heads(len(layers), model.embed_dim, relation_dim, seed=seed)
-    return Distiller(model, head, relation, loss, cls_in_relation=include, layer_heads=layer_heads)
+    return Distiller(model, head, relation, loss, cls_in_relation=include, layer_heads=layer_heads, decoder=decoder)
 
 
 def load_student(config: StudentConfig, img_size: int, weights: Mapping[str, Tensor]) -> Student:

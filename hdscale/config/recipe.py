@@ -81,14 +81,46 @@ class StudentConfig(Section):
     mlp_ratio: float | None = Field(default=None, gt=0)
     drop_path: float = Field(default=0.2, ge=0, lt=1)
     """Stochastic depth of the last block, rising linearly from 0 (dBOT: 0.2 for B and L)."""
-    decoder: Literal["linear", "identity"] = "linear"
-    """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder)."""
+    decoder: Literal["linear", "identity", "transformer"] = "linear"
+    """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder).
+    `transformer`: blocks before the Linear, the asymmetric decoder of Section 2 (dBOT, MAE)."""
+    decoder_depth: int = Field(default=8, ge=1)
+    """Blocks of `decoder: transformer` (dBOT, MAE: 8; Fig. 9: 1, 4 and 8)."""
+    decoder_dim: int | None = Field(default=None, ge=1)
+    """Width of these blocks (dBOT, MAE: 512); left out: the student's own."""
+    decoder_heads: int | None = Field(default=None, ge=1)
+    """Attention heads of these blocks (dBOT, MAE: 16); left out: the student's own."""
+    mask_tokens: Literal["none", "encoder", "decoder"] = "none"
+    """Where one learnt token stands for each dropped patch. `decoder`: the student sees kept patches, `decoder:
+    transformer` all places (dBOT, MAE). `encoder`: the student itself gets all places (Section 2.4; SimMIM, BEiT v2).
+    `none`: dropped patches are nowhere."""
+    pos_embed: Literal["sincos", "none"] = "sincos"
+    """MAE's fixed position embedding, or zeros in its place, which needs `rel_pos_bias` (FD's configs)."""
+    rel_pos_bias: bool = False
+    """One learnt relative position bias, added to the attention logits of all blocks (FD's configs; Appendix B.1). It
+    starts at zero and needs a class token and no registers."""
+    layer_scale: float | None = Field(default=None, gt=0)
+    """Initial value of a learnt factor a channel behind each attention and MLP: with the bias above, FD's "additional
+    learnable parameters" (FD's configs: 0.1; the biases of queries and values every student has). Left out: none, as
+    in MAE's ViT."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean subtracted from the image in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel deviation the image is divided by."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Activation checkpointing: recompute every n-th block in the backward pass; 1: every block, 0: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decoder != "transformer":
+            for name in ("decoder_dim", "decoder_heads"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is of decoder transformer, got decoder {self.decoder}; leave it out")
+            if self.mask_tokens == "decoder":
+                raise ValueError(f"mask_tokens decoder needs decoder transformer, got {self.decoder}")
+        if self.pos_embed == "none" and not self.rel_pos_bias:
+            raise ValueError("pos_embed none needs rel_pos_bias true: the student must know where its patches are")
+        return self
 
 
 class TeacherConfig(Section):
@@ -129,7 +161,7 @@ class TeacherConfig(Section):
         for field in ("source", "weights"):
             if field in said and values.get(field, said[field]) != said[field]:
                 raise ValueError(
-                    f"name {short} says that {field} is {said[field]}, got {field} {values[field]}: leave one of them out"
+                    f"name {short} says that {field} is {said[field]}, got {field} {values[field]}: leave one out"
                 )
         return {**values, **said}
 
@@ -210,6 +242,11 @@ class MaskConfig(Section):
         """Whether the relation teacher chooses the tokens, ahead of training or in the step."""
         return self.strategy in ("direct", "progressive")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the strategy's ratio drops nothing."""
+        return (self.stage_keep_ratio if self.strategy == "progressive" else self.keep_ratio) == 1
+
 
 class TargetsConfig(Section):
     """Where teacher targets come from."""
@@ -227,6 +264,9 @@ class LossConfig(Section):
     """Smooth L1's change from square to line (dBOT, FD)."""
     target_norm: Literal["layer_norm", "none"] = "layer_norm"
     """Standardise each target token without affine parameters (dBOT, FD)."""
+    features_on: Literal["kept", "hidden", "all"] = "kept"
+    """Patches at which features are compared. `hidden`: the dropped ones (dBOT, MAE, SimMIM); it and `all` need
+    `student.mask_tokens` where there is a mask."""
 
 
 class OptimConfig(Section):
@@ -333,4 +373,22 @@ class Recipe(Section):
                 f"schedule.warmup_epochs must be below schedule.epochs {self.schedule.epochs:g}, "
                 f"got {self.schedule.warmup_epochs:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mask_tokens(self) -> Self:
+        """Refuse predictions that nobody makes, and mask tokens that stand for nothing."""
+        strategy, tokens, patches = self.mask.strategy, self.student.mask_tokens, self.loss.features_on
+        if strategy == "none" and tokens != "none":
+            raise ValueError(f"student.mask_tokens {tokens} needs dropped patches: set mask.strategy, such as random")
+        if patches == "hidden" and (strategy == "none" or self.mask.keeps_all):
+            raise ValueError("loss.features_on hidden needs dropped patches: set mask.strategy and its ratio, or kept")
+        if patches != "kept" and strategy != "none" and tokens == "none":
+            raise ValueError(
+                f"loss.features_on {patches} needs predictions at dropped patches: set student.mask_tokens to encoder "
+                "or decoder"
+            )
+        if self.feature_teacher is None and (tokens == "decoder" or patches != "kept"):
+            what = "student.mask_tokens decoder" if tokens == "decoder" else f"loss.features_on {patches}"
+            raise ValueError(f"{what} needs a feature_teacher: its features are what is predicted")
         return self

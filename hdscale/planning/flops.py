@@ -24,6 +24,23 @@ class ViTSizes(NamedTuple):
     mlp_ratio: float = 4.0
 
 
+class DecoderSizes(NamedTuple):
+    """The blocks between student and head; a Linear stands before them where the width is not the student's."""
+
+    depth: int
+    embed_dim: int
+    mlp_ratio: float = 4.0
+
+
+class HeadSizes(NamedTuple):
+    """What predicts the feature teacher's tokens, and at which patches: the recipe's settings of these names."""
+
+    features_on: Literal["kept", "hidden", "all"] = "kept"
+    mask_tokens: Literal["none", "encoder", "decoder"] = "none"
+    linear: bool = True
+    decoder: DecoderSizes | None = None
+
+
 def block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float = 4.0) -> int:
     """FLOPs of one block's forward: 24 n d^2 + 4 n^2 d at mlp_ratio 4."""
     linears = 2 * num_tokens * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))
@@ -48,24 +65,26 @@ def student_step_flops(
     relations: int = 0,
     recomputed_blocks: int = 0,
     layer_head_dims: Sequence[int] = (),
+    head: HeadSizes = HeadSizes(),  # noqa: B008 - immutable
 ) -> int:
     """FLOPs of the student's forward and backward on one image: 3 forwards, but none back into the image.
 
     Args:
         vit: the student.
         num_keep: K, or None for all patches.
-        teacher_dim: T, of the linear head onto the feature teacher's width; 0: no such head.
+        teacher_dim: T, the feature teacher's width; 0: no feature teacher, and then no decoder either.
         relations: layers whose QK^T is computed for the relation loss.
         recomputed_blocks: blocks run again in the backward pass by activation checkpointing. Leave them out of
             utilisation figures: the work is not the model's.
         layer_head_dims: of the Linears behind relation layers, where these are compared token by token.
+        head: what predicts the feature teacher's tokens.
     """
-    num_tokens, patches = _num_tokens(vit, num_keep), _num_tokens(vit, num_keep) - vit.num_prefix_tokens
+    num_tokens = _num_tokens(vit, None if head.mask_tokens == "encoder" else num_keep)
     blocks = (3 * vit.depth + recomputed_blocks) * block_flops(num_tokens, vit.embed_dim, vit.mlp_ratio)
-    head = 2 * patches * vit.embed_dim * teacher_dim
-    layer_heads = 2 * num_tokens * vit.embed_dim * sum(layer_head_dims)
-    relation = relations * _relation_flops(vit, num_tokens)
-    return 2 * embed_flops(vit) + blocks + 3 * (head + layer_heads + relation)
+    relation = relations * _relation_flops(vit, _num_tokens(vit, num_keep))
+    layer_heads = 2 * _num_tokens(vit, num_keep) * vit.embed_dim * sum(layer_head_dims)
+    predict = _head_flops(vit, num_keep, num_tokens, teacher_dim, head) if teacher_dim else 0
+    return 2 * embed_flops(vit) + blocks + 3 * (predict + layer_heads + relation)
 
 
 def relation_teacher_flops(
@@ -103,7 +122,7 @@ def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_
 
     Args:
         vit: the teacher, which sees all patches.
-        num_keep: K tokens whose features are taken, or None for all: then nothing is pruned.
+        num_keep: patches whose features are taken, or None for all: then nothing is pruned.
         projected_dim: width of CLIP's projection, where the target is projected.
     """
     num_tokens, dim = _num_tokens(vit), vit.embed_dim
@@ -126,7 +145,7 @@ def hybrid_step_flops(
     relation_layers: Sequence[int] = (-3, -2),
     mask_blocks: int = 0,
     *,
-    linear_head: bool = True,
+    head: HeadSizes = HeadSizes(),  # noqa: B008 - immutable
     projected_dim: int = 0,
     relation_target: Literal["relation", "attention", "features"] = "relation",
     block_patches: Sequence[int] | None = None,
@@ -140,7 +159,7 @@ def hybrid_step_flops(
         num_keep: K, or None for all patches.
         relation_layers: blocks, negative from the end.
         mask_blocks: as in `relation_teacher_flops`; 0 when masks come from the store.
-        linear_head: the student has a Linear onto the feature target's width.
+        head: what predicts the feature teacher's tokens.
         projected_dim: as in `feature_teacher_flops`.
         relation_target: as in `relation_teacher_flops`.
         block_patches: as in `relation_teacher_flops`.
@@ -150,10 +169,11 @@ def hybrid_step_flops(
     layer_head_dims = []
     if relation_teacher and not with_qk and relation_teacher.embed_dim != student.embed_dim:
         layer_head_dims = [relation_teacher.embed_dim] * len(relation_layers)
-    target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher and linear_head else 0
-    total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims)
+    target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher else 0
+    total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims, head=head)
     if feature_teacher:
-        total += feature_teacher_flops(feature_teacher, num_keep, projected_dim)
+        asked = None if num_keep is None or head.features_on == "all" else _num_compared(student, num_keep, head)
+        total += feature_teacher_flops(feature_teacher, asked, projected_dim)
     if relation_teacher:
         total += relation_teacher_flops(
             relation_teacher,
@@ -213,6 +233,24 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 def _num_tokens(vit: ViTSizes, num_keep: int | None = None) -> int:
     return vit.num_prefix_tokens + (vit.num_patches if num_keep is None else num_keep)
+
+
+def _num_compared(vit: ViTSizes, num_keep: int | None, head: HeadSizes) -> int:
+    if num_keep is None or head.features_on == "all":
+        return vit.num_patches
+    return num_keep if head.features_on == "kept" else vit.num_patches - num_keep
+
+
+def _head_flops(vit: ViTSizes, num_keep: int | None, num_tokens: int, teacher_dim: int, head: HeadSizes) -> int:
+    """FLOPs of decoder and Linear, forward; `num_tokens` come out of the student."""
+    flops, dim, decoder = 0, vit.embed_dim, head.decoder
+    if decoder is not None:
+        if decoder.embed_dim != dim:
+            flops += 2 * num_tokens * dim * decoder.embed_dim
+        dim = decoder.embed_dim
+        decoded = num_tokens if head.mask_tokens == "none" else _num_tokens(vit)
+        flops += decoder.depth * block_flops(decoded, dim, decoder.mlp_ratio)
+    return flops + head.linear * 2 * _num_compared(vit, num_keep, head) * dim * teacher_dim
 
 
 def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:

@@ -64,7 +64,7 @@ def build_student(
     checkpoint_every: int | None = None,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Student:
-    """Build a student with random weights and MAE's fixed position embedding.
+    """Build a student with random weights and, unless `pos_embed` is none, MAE's fixed position embedding.
 
     Args:
         config: the recipe's section.
@@ -85,26 +85,37 @@ def build_student(
     embedding = sincos_position_embedding(model.embed_dim, model.patch_embed.grid_size[0], num_prefix)
     # A buffer of the same name: it is never trained, and the state dict still fits timm's model.
     del model.pos_embed
-    model.register_buffer("pos_embed", embedding)
+    model.register_buffer("pos_embed", embedding if config.pos_embed == "sincos" else torch.zeros_like(embedding))
+    mask_token = None
+    if config.mask_tokens == "encoder":
+        mask_token = nn.Parameter(
+            0.02 * torch.randn(1, 1, model.embed_dim, generator=torch.Generator().manual_seed(seed))
+        )
     encoder = ViTEncoder(
         model,
         relation_layers=relation_layers,
         layer_output=layer_output,
         checkpoint_every=config.checkpoint_every if checkpoint_every is None else checkpoint_every,
         checkpoint_fn=checkpoint_fn,
+        mask_token=mask_token,
     )
     return Student(encoder, Preprocess(img_size, config.mean, config.std))
 
 
 def student_arch(config: StudentConfig, img_size: int) -> dict[str, Any]:
-    """Return the arguments with which `timm.create_model` builds the student's ViT for its exported weights.
+    """Return the arguments with which `create_vit` builds the student's ViT for its weights.
 
-    Drop-path is left out: it is a setting of training, not of the weights.
+    They are `timm.create_model`'s, and `rel_pos_bias` for a student with one. Drop-path is left out: it is a setting of
+    training, not of the weights.
     """
     arch: dict[str, Any] = {"model_name": config.model, "img_size": img_size, "num_classes": 0}
     sizes = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     arch.update({name: value for name, value in sizes.items() if value is not None})
-    if _has_layer_scale(config.model):
+    if config.rel_pos_bias:
+        arch["rel_pos_bias"] = True
+    if config.layer_scale is not None:
+        arch["init_values"] = config.layer_scale
+    elif _has_layer_scale(config.model):
         arch["init_values"] = 0.0  # timm reads 0 as none (MAE's ViT has none); a None would mean the named model's
     return arch
 

@@ -49,7 +49,13 @@ def build_layer_heads(num_layers: int, embed_dim: int, target_dim: int, *, seed:
 
 
 def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: int) -> FeatureHead:
-    """Build the head that `student.decoder` names.
+    """Build the head that `student.decoder` names; of a transformer decoder, the Linear behind its blocks.
+
+    Args:
+        config: the recipe's section.
+        embed_dim: width of what comes in: the student's, or its decoder's.
+        target_dim: width of the feature teacher's tokens.
+        seed: of the weights.
 
     Raises:
         UserError: `identity` between different widths.
@@ -59,4 +65,4 @@ def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: 
             f"student.decoder identity needs equal widths, the student has {embed_dim} and the feature teacher "
             f"{target_dim}; set student.decoder=linear"
         )
-    return FeatureHead(embed_dim, target_dim, linear=config.decoder == "linear", seed=seed)
+    return FeatureHead(embed_dim, target_dim, linear=config.decoder != "identity", seed=seed)

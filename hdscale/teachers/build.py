@@ -15,6 +15,7 @@ from hdscale.teachers.weights import weights_digest
 from hdscale.vit.build import img_size, num_heads, patch_size, weight_dtype
 from hdscale.vit.encoder import ViTEncoder
 from hdscale.vit.preprocess import Preprocess
+from hdscale.vit.rel_pos import resize_rel_pos_bias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,3 +148,4 @@ def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, fi
                 f"{grid_size} x {grid_size}, got {wanted}; or leave it out"
             )
     model.set_input_size((wanted, wanted))
+    resize_rel_pos_bias(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.types import Targets
-from hdscale.vit.tokens import relation_tokens, take_rows, token_rows
+from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +38,7 @@ class TeacherPair:
         seed: int,
         num_patches: int,
         cls_in_relation: bool,
+        features_on: Literal["kept", "hidden", "all"] = "kept",
     ) -> None:
         """Take built teachers.
 
@@ -49,6 +50,7 @@ class TeacherPair:
             seed: of random masks.
             num_patches: N.
             cls_in_relation: relations have the class token's row and column first.
+            features_on: the patches whose features are given, as `loss.features_on`.
         """
         self.feature = feature
         self.relation = relation
@@ -57,6 +59,7 @@ class TeacherPair:
         self.seed = seed
         self.num_patches = num_patches
         self.cls_in_relation = cls_in_relation
+        self.features_on = features_on
 
     def __call__(self, batch: Batch) -> Targets:
         """Choose the kept patches and return what the teachers say of them."""
@@ -68,8 +71,13 @@ class TeacherPair:
                 relations = self._relations(batch.images, keep_indices)
             features = None
             if self.feature is not None:
-                features = self.feature(batch.images, keep_indices).patch_tokens
+                features = self.feature(batch.images, self._feature_indices(keep_indices)).patch_tokens
             return Targets(keep_indices, features, relations)
+
+    def _feature_indices(self, keep_indices: Tensor | None) -> Tensor | None:
+        if keep_indices is None or self.features_on == "all":
+            return None
+        return keep_indices if self.features_on == "kept" else other_indices(keep_indices, self.num_patches)
 
     def _given_indices(self, batch: Batch) -> Tensor | None:
         mask = self.mask_config

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hdscale.errors import UserError
 from hdscale.teachers.files import load_teacher_file
 from hdscale.teachers.weights import fit_state, read_state
+from hdscale.vit.beit import from_beit, is_beit
 from hdscale.vit.build import create_teacher_vit
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def _from_file(config: TeacherConfig, field: str) -> Source:
     if config.target == "projected":
         raise UserError(f"{field}.target projected needs a CLIP model, got a file of hdscale's; set it to norm")
     file = load_teacher_file(config.weights, f"{field}.weights")
-    model = create_teacher_vit(f"{field}.weights: {config.weights}", file.arch)
-    fit_state(model, file.state, source=f"{field}.weights: {config.weights}")
+    arch, state = from_beit(file.arch, file.state) if is_beit(file.arch) else (file.arch, file.state)
+    model = create_teacher_vit(f"{field}.weights: {config.weights}", arch)
+    fit_state(model, state, source=f"{field}.weights: {config.weights}")
     return Source(model, file.mean, file.std)
 
 

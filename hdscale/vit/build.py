@@ -11,6 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from hdscale.errors import UserError
+from hdscale.vit.rel_pos import add_rel_pos_bias
 
 ViT = VisionTransformer | Eva
 """What `ViTEncoder` runs. timm's `Eva` stands for EVA-02, DINOv3 and other transformers with rotary embeddings."""
@@ -21,7 +22,8 @@ def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, se
 
     Args:
         field: the recipe's field that named the model, for messages.
-        arch: `model_name` and sizes that replace the named model's.
+        arch: `model_name` and sizes that replace the named model's; `rel_pos_bias: True` adds to timm's model what
+            `student.rel_pos_bias` says.
         pretrained: load timm's weights, from its cache or the network.
         seed: of the random initial weights; the caller's random state is left alone.
 
@@ -78,6 +80,8 @@ def weight_dtype(model: ViT) -> torch.dtype:
 
 def _create(field: str, arch: dict[str, Any], *, pretrained: bool, seed: int) -> torch.nn.Module:
     name = arch["model_name"]
+    has_bias = arch.get("rel_pos_bias", False)
+    arch = {key: value for key, value in arch.items() if key != "rel_pos_bias"}
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them"
@@ -85,10 +89,13 @@ def _create(field: str, arch: dict[str, Any], *, pretrained: bool, seed: int) ->
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return timm.create_model(**arch, pretrained=pretrained)
+            model = timm.create_model(**arch, pretrained=pretrained)
     except (AssertionError, RuntimeError, TypeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: timm cannot create {_call(arch, pretrained)}: {reason}") from error
+    if has_bias and isinstance(model, VisionTransformer):  # others are refused by the caller
+        add_rel_pos_bias(field, model)
+    return model
 
 
 def _check_grid(field: str, model: ViT) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
@@ -30,6 +30,14 @@ LayerOutput = Literal["relation", "attention", "features"]
 recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
 
 
+class _Along(NamedTuple):
+    """What goes along with the tokens from block to block."""
+
+    rotation: Tensor | None  # of each patch, in models with rotary embeddings
+    bias: Tensor | None  # (B or 1, A, S, S): added to the attention logits of the tokens that are there
+    kept: Tensor | None  # (B, N'): which patches are still there, in a model that drops some
+
+
 class ViTEncoder(nn.Module):
     """A timm VisionTransformer or Eva that gives patch tokens, Q and K of chosen blocks, and tokens between blocks.
 
@@ -50,6 +58,7 @@ class ViTEncoder(nn.Module):
         prune: bool = False,
         checkpoint_fn: Callable[..., Any] | None = None,
         drop: Callable[[Tensor], Tensor] | None = None,
+        mask_token: nn.Parameter | None = None,
     ) -> None:
         """Wrap a model and, to prune it, change it.
 
@@ -65,10 +74,12 @@ class ViTEncoder(nn.Module):
                 (teachers): all patches go through, and Q, K and final tokens of the kept ones come out.
             checkpoint_every: recompute every n-th block in the backward pass of training; 0: none.
             prune: delete what these arguments leave unused (frozen models only: parameters are split and copied).
-            checkpoint_fn: `f(function, tokens)`, which recomputes; left out: torch's, non-reentrant.
+            checkpoint_fn: `f(function, *tensors)`, which recomputes; left out: torch's, non-reentrant.
             drop: takes the patch tokens (B, N', T) of a stage layer and returns which of them stay, (B, K') int64
                 ascending; the others go no further (PCAE). Everything that is given is then of the patches that stay
                 to the end, and `keep_indices` names them.
+            mask_token: (1, 1, D), which stands for the patches outside `keep_indices` where `tokens` is kept: all N
+                patches go through, final tokens are of all, and relation layers give those of the kept ones.
 
         Raises:
             UserError: a layer that the model does not have, or a kind of attention without plain Q and K.
@@ -84,6 +95,7 @@ class ViTEncoder(nn.Module):
         self.checkpoint_fn = checkpoint_fn or recompute
         self.layer_output: LayerOutput = layer_output
         self.drop = drop
+        self.mask_token = mask_token
         self.num_prefix_tokens = int(model.num_prefix_tokens)
         if layer_output == "relation":
             for layer in self.relation_layers:
@@ -105,41 +117,56 @@ class ViTEncoder(nn.Module):
             that no stage before has dropped.
         """
         assert self.drop is None or keep_indices is None, "a model that drops patches chooses them itself"
-        x, rotation = self._embed(images)
+        x, rotation = self._embed(images, keep_indices)
         rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
-        if rows is not None and keep_indices is not None and self.tokens == "kept":
-            x, rows, rotation = take_rows(x, rows), None, take_rotation(rotation, keep_indices)
+        seen = None  # rows of the tokens that go through the blocks; None: all
+        if rows is not None and keep_indices is not None and self.tokens == "kept" and self.mask_token is None:
+            x, seen, rows, rotation = take_rows(x, rows), rows, None, take_rotation(rotation, keep_indices)
+        along = _Along(rotation, self._bias(seen, x), None if self.drop is None else self._all_patches(x))
         x = self.model.norm_pre(x)
         taken: dict[int, tuple[list[Tensor], Tensor | None]] = {}
         stages: dict[int, Tensor] = {}
-        kept = self._all_patches(x) if self.drop is not None else None  # (B, N'): the patches that are still there
         for index, block in enumerate(self.model.blocks):
             if self.stage_at == "input" and index in self.stage_layers:
                 stages[index] = x
-                x, kept, rotation = self._dropped(x, kept, rotation)
-            x, *here = self._run_block(index, block, x, rows, rotation)
+                x, along = self._dropped(x, along)
+            x, *here = self._run_block(index, block, x, rows, along)
             if here:
-                taken[index] = here, kept
+                taken[index] = here, along.kept
             if self.stage_at == "output" and index in self.stage_layers:
                 stages[index] = x
-                x, kept, rotation = self._dropped(x, kept, rotation)
+                x, along = self._dropped(x, along)
         if self.stage_at == "input" and len(self.model.blocks) in self.stage_layers:  # pruned just before a stage
             stages[len(self.model.blocks)] = x
-            x, kept, rotation = self._dropped(x, kept, rotation)
-        layers = [self._at_kept(*taken[layer], kept) for layer in self.relation_layers]
+            x, along = self._dropped(x, along)
+        layers = [self._at_kept(*taken[layer], along.kept) for layer in self.relation_layers]
         with_qk = self.layer_output == "relation"
+        prefix, patches = self._finish(x, rows if self.mask_token is None else None)
         return ViTOutput(
-            patch_tokens=None if self.final is None else self._finish(x, rows),
+            patch_tokens=patches,
             queries=tuple(query for query, _ in layers) if with_qk else (),
             keys=tuple(key for _, key in layers) if with_qk else (),
             stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in self.stage_layers),
             layer_tokens=() if with_qk else tuple(tokens for (tokens,) in layers),
-            keep_indices=kept,
+            keep_indices=along.kept,
+            prefix_tokens=prefix,
+            attention_bias=along.bias,
         )
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    @property
+    def rel_pos_bias(self) -> nn.Module | None:
+        """The model's bias of all blocks' attention, see hdscale.vit.rel_pos."""
+        return getattr(self.model, "rel_pos_bias", None)
+
+    def _bias(self, rows: Tensor | None, x: Tensor) -> Tensor | None:
+        """Return the bias between the tokens at these rows (B, S), or between all, in the tokens' dtype."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(rows).to(x.dtype)
+
+    def _embed(self, images: Tensor, keep_indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return all tokens (B, P + N, D) and, of a model with rotary embeddings, the rotation of each patch."""
         x = self.model.patch_embed(images)
+        if self.mask_token is not None and keep_indices is not None:
+            x = _hide_others(x, keep_indices, self.mask_token)
         rotation = None
         if isinstance(self.model, Eva):
             x, rope = self.model._pos_embed(x)
@@ -152,15 +179,15 @@ class ViTEncoder(nn.Module):
     def _all_patches(self, x: Tensor) -> Tensor:
         return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
 
-    def _dropped(
-        self, x: Tensor, kept: Tensor | None, rotation: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Drop patches at a stage, if the model does: tokens (B, P + K', T), which patches they are, and rotations."""
-        if self.drop is None or kept is None:
-            return x, kept, rotation
+    def _dropped(self, x: Tensor, along: _Along) -> tuple[Tensor, _Along]:
+        """Drop patches at a stage, if the model does: tokens (B, P + K', T) and what goes along with them."""
+        if self.drop is None or along.kept is None:
+            return x, along
         staying = self.drop(x[:, self.num_prefix_tokens :])
         x = take_rows(x, token_rows(staying, self.num_prefix_tokens))
-        return x, kept.gather(1, staying), take_rotation(rotation, staying)
+        kept = along.kept.gather(1, staying)
+        bias = self._bias(token_rows(kept, self.num_prefix_tokens), x)
+        return x, _Along(take_rotation(along.rotation, staying), bias, kept)
 
     def _at_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
         """Cut what a relation layer gave of the patches `there` (B, N') down to those kept in the end (B, K)."""
@@ -170,33 +197,35 @@ class ViTEncoder(nn.Module):
         return [take_rows(tensor, rows) for tensor in tensors]
 
     def _run_block(
-        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, rotation: Tensor | None
+        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, along: _Along
     ) -> tuple[Tensor, ...]:
         """Return the block's tokens and, for a relation layer, its output of the wanted rows."""
         function = partial(_TAPPED[self.layer_output], block) if index in self.relation_layers else block
-        if rotation is not None:
-            function = partial(function, rope=rotation_of(rotation, index))
+        if along.rotation is not None:
+            function = partial(function, rope=rotation_of(along.rotation, index))
         if isinstance(block, KeptQueryBlock):
-            x, *taken = _as_tuple(function(x, rows))
+            x, *taken = _as_tuple(function(x, rows, along.bias))
             if len(taken) == 2 and rows is not None:
                 taken[1] = take_rows(taken[1], rows)  # keys: everything else is of the wanted rows already
             return x, *taken
+        inputs = (x,) if along.bias is None else (x, along.bias)
         every = self.checkpoint_every
         if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
-            x, *taken = _as_tuple(self.checkpoint_fn(function, x))
+            x, *taken = _as_tuple(self.checkpoint_fn(function, *inputs))
         else:
-            x, *taken = _as_tuple(function(x))
+            x, *taken = _as_tuple(function(*inputs))
         return x, *(tensor if rows is None else take_rows(tensor, rows) for tensor in taken)
 
-    def _finish(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Turn the last block's tokens into patch tokens (B, N or K, T)."""
+    def _finish(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Turn the last block's tokens into prefix tokens (B, P, D) and patch tokens (B, N or K, T)."""
+        if self.final is None:
+            return None, None
         if rows is not None and not isinstance(self.model.blocks[-1], KeptQueryBlock):
             x = take_rows(x, rows)
-        x = x[:, self.num_prefix_tokens :]
-        if self.final == "pre_norm":
-            return x
-        x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
-        return self.model.head(x) if self.final == "projected" else x
+        if self.final != "pre_norm":
+            x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return prefix, self.model.head(patches) if self.final == "projected" else patches
 
     def _prune(self) -> None:
         model, depth = self.model, len(self.model.blocks)
@@ -228,6 +257,12 @@ def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, 
                 f"{field} must be between {-depth} and {depth - 1} for a model of {depth} blocks, got {layer}"
             )
     return tuple(layer % depth for layer in layers)
+
+
+def _hide_others(x: Tensor, keep_indices: Tensor, mask_token: Tensor) -> Tensor:
+    """Put the mask token (1, 1, D) in the place of all patches (B, N, D) but the kept ones (B, K)."""
+    kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, keep_indices, True)
+    return torch.where(kept.unsqueeze(-1), x, mask_token.to(x.dtype))
 
 
 def _check_attention(block: nn.Module) -> None:

@@ -18,6 +18,13 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
+def other_indices(keep_indices: Tensor, num_patches: int) -> Tensor:
+    """Return the patches that were dropped: (B, K) of N to (B, N - K) int64 ascending."""
+    batch, num_keep = keep_indices.shape
+    dropped = keep_indices.new_ones(batch, num_patches).scatter(1, keep_indices, 0)
+    return dropped.argsort(dim=1, descending=True, stable=True)[:, : num_patches - num_keep]
+
+
 def relation_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
     """Drop registers, and the class token unless `cls`: (..., P + K, E) to (..., S, E), S = K or 1 + K.
 

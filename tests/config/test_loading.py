@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,36 @@ def test_a_misspelt_name_for_allow_change_is_refused_and_known_names_pass():
     check_allowed(["optim.lr", "relation_teacher", "data", "precision", "view decoder"])
     with pytest.raises(UserError, match=r"--allow-change optim\.lrr is no field"):
         check_allowed(["optim.lrr"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.mask_tokens=decoder"], "student: mask_tokens decoder needs decoder transformer, got linear"),
+        (["student.decoder_dim=512"], "student: decoder_dim is of decoder transformer, got decoder linear"),
+        (["student.pos_embed=none"], "student: pos_embed none needs rel_pos_bias true"),
+        (["student.mask_tokens=encoder", "mask.strategy=none"], "student.mask_tokens encoder needs dropped patches"),
+        (["loss.features_on=hidden", "mask.strategy=none"], "loss.features_on hidden needs dropped patches"),
+        (
+            ["loss.features_on=hidden", "student.mask_tokens=encoder", "mask.strategy=random", "mask.keep_ratio=1"],
+            "loss.features_on hidden needs dropped patches",
+        ),
+        (["loss.features_on=hidden"], "loss.features_on hidden needs predictions at dropped patches"),
+        (["loss.features_on=all"], "loss.features_on all needs predictions at dropped patches"),
+        (
+            ["loss.features_on=all", "student.mask_tokens=encoder", "feature_teacher=null"],
+            "loss.features_on all needs a feature_teacher",
+        ),
+        (
+            ["student.decoder=transformer", "student.mask_tokens=decoder", "feature_teacher=null"],
+            "student.mask_tokens decoder needs a feature_teacher",
+        ),
+    ],
+)
+def test_reconstruction_settings_that_contradict_each_other_are_refused(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(None, overrides)
+
+
+def test_features_of_all_patches_need_no_mask():
+    assert load_recipe(None, ["loss.features_on=all", "mask.strategy=none"]).loss.features_on == "all"
