@@ -161,7 +161,8 @@ class TeacherConfig(Section):
         for field in ("source", "weights"):
             if field in said and values.get(field, said[field]) != said[field]:
                 raise ValueError(
-                    f"name {short} says that {field} is {said[field]}, got {field} {values[field]}: leave one out"
+                    f"name {short} says that {field} is {said[field]}, got {field} {values[field]}: leave one of them "
+                    f"out, or make {short} the whole section"
                 )
         return {**values, **said}
 

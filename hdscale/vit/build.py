@@ -99,6 +99,8 @@ def _create(field: str, arch: dict[str, Any], *, pretrained: bool, seed: int) ->
 
 
 def _check_grid(field: str, model: ViT) -> None:
+    if not isinstance(model.patch_embed.proj, torch.nn.Conv2d):
+        raise UserError(f"{field} must cut its patches by one convolution, got a stem of several layers")
     rows, columns = model.patch_embed.grid_size
     if rows != columns or model.dynamic_img_size:
         raise UserError(f"{field} must have a fixed square grid of patches, got {rows} x {columns}")
