@@ -13,15 +13,17 @@ import torch
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
+from hdscale.distiller import load_student
 from hdscale.engine.assembly import run_loader
 from hdscale.engine.checkpoint import require_checkpoint
-from hdscale.engine.distillation import start_session
+from hdscale.engine.distillation import distill, start_session
 from hdscale.engine.engines import full_state
 from hdscale.engine.pretraining_run import pretrain
 from hdscale.engine.ranks import distributed
 from hdscale.engine.run_folder import run_folder_of
 from hdscale.engine.trainer import seed_everything, train_step
 from hdscale.planning.flops import count_flops
+from launch.export import main as export
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 4
@@ -98,6 +100,37 @@ def pretraining_step(recipe, method):
     }
 
 
+def next_stage(folder, name):
+    """Train a recipe's student, export it, and let it teach dBOT's second stage; return what it teaches."""
+    path = ROOT / f"launch/recipes/{name}.yaml"
+    zero2, teacher = (load_ds_config(ROOT / f"ds_configs/{config}.json") for config in ("zero2", "teacher_zero3"))
+    first = small(path, folder, f"run.name={name}-first", "schedule.stop_after=2")
+    distill(first, zero2, teacher)
+    run, exported = run_folder_of(first), folder / f"{name}.safetensors"
+    assert export(["--run", str(run), "--output", str(exported)]) == 0
+    student = load_student(first.student, first.data.img_size, require_checkpoint(run).module_state())
+    student.encoder.final = "pre_norm"  # what the recipe takes from its teacher
+    second = small(
+        ROOT / "launch/recipes/dbot_deit_b_stage2.yaml",
+        folder,
+        f"run.name={name}-second",
+        f"feature_teacher.weights={exported}",
+    )
+    with start_session(second, zero2, teacher) as session:
+        batches = list(run_loader(session.run, session.ranks, 0, 2, session.keep_indices))
+        targets = session.pair(batches[0])
+        with torch.no_grad():
+            everything = student(batches[0].images).patch_tokens
+        hidden = [
+            [patch for patch in range(everything.shape[1]) if patch not in kept]
+            for kept in targets.keep_indices.tolist()
+        ]
+        wanted = torch.stack([tokens[rows] for tokens, rows in zip(everything, hidden, strict=True)])
+        losses = [one_step(session, iter(batches[:1])), one_step(session, iter(batches[1:]))]
+        error = (targets.features - wanted).abs().max() / wanted.abs().max()
+        return {"shape": list(targets.features.shape), "error": error.item(), "losses": losses}
+
+
 def main(folder):
     found = {}
     zero2, zero3 = load_ds_config(ROOT / "ds_configs/zero2.json"), load_ds_config(folder / "zero3_all.json")
@@ -111,6 +144,8 @@ def main(folder):
             if path.stem in ZERO3:
                 recipe = small(path, folder, f"run.name={path.stem}-zero3", "student.checkpoint_every=1")
                 found[path.stem]["zero3"] = step(recipe, zero3)["losses"]
+        stages = {name: next_stage(folder, name) for name in ("dbot_deit_b", "fd_clip_b")}
+    (folder / "stages.json").write_text(json.dumps(stages))
     (folder / "stepped.json").write_text(json.dumps(found))
 
 

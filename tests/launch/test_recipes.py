@@ -18,7 +18,7 @@ RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def stepped(world):
+def outcome(world):
     """What one process found out about all recipes."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in ours}
@@ -26,7 +26,13 @@ def stepped(world):
     command = [sys.executable, str(ROOT / "tests/launch/step_recipes.py"), str(world.folder)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((world.folder / "stepped.json").read_text())
+    return {name: json.loads((world.folder / f"{name}.json").read_text()) for name in ("stepped", "stages")}
+
+
+@pytest.fixture(scope="module")
+def stepped(outcome):
+    """What became of each recipe."""
+    return outcome["stepped"]
 
 
 def test_every_recipe_takes_a_step_that_moves_every_parameter(stepped):
@@ -47,6 +53,14 @@ def test_sharded_and_recomputed_students_of_every_kind_train_alike(stepped):
     assert len(sharded) == 4
     for name, found in sharded.items():
         assert found["zero3"] == pytest.approx(found["losses"], rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["dbot_deit_b", "fd_clip_b"])
+def test_an_exported_student_is_the_feature_teacher_of_the_next_stage(name, outcome):
+    stage = outcome["stages"][name]
+    assert stage["shape"] == [4, 48, 48]  # images, hidden patches of 64, width
+    assert stage["error"] < 1e-5
+    assert all(math.isfinite(loss) for loss in stage["losses"])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
