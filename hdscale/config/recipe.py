@@ -349,9 +349,10 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()
     feature_teacher: TeacherConfig | None = TeacherConfig(source="open_clip", name="ViT-L-14", weights="openai")
-    """Supervised or contrastive teacher of last-layer features; null: the paper's Distill-MAE baselines."""
+    """Teacher of last-layer features: supervised or contrastive, or the MAE itself in the paper's Distill-MAE (T_m of
+    Table 3); null: relations alone."""
     relation_teacher: TeacherConfig | None = TeacherConfig(source="timm", name="vit_large_patch16_224.mae")
-    """MAE teacher of token relations and masks; null: the paper's Distill-CLIP and Distill-DeiT baselines."""
+    """MAE teacher of token relations and masks; null: the paper's baselines of one teacher (Table 9)."""
     relation: RelationConfig = RelationConfig()
     mask: MaskConfig = MaskConfig()
     targets: TargetsConfig = TargetsConfig()

@@ -54,7 +54,7 @@ class TransformerDecoder(nn.Module):
         self.num_patches = grid_size**2
         self.embed = nn.Identity() if decoder_dim == embed_dim else nn.Linear(embed_dim, decoder_dim)
         self.register_buffer("pos_embed", sincos_position_embedding(decoder_dim, grid_size, num_prefix_tokens))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, qkv_bias=True, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(decoder_dim, eps=_EPS)
         for module in self.modules():
