@@ -1,6 +1,7 @@
 """Measure what runs have learned, on held-out samples.
 
 python launch/evaluate.py knn --run runs/NAME
+python launch/evaluate.py probe --run runs/NAME
 python launch/evaluate.py summary --run runs/A --run runs/B [--output summary.json]
 """
 
@@ -8,21 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 
+from hdscale.ablation.measuring import read_run
 from hdscale.cli import EXIT_DONE, run
-from hdscale.config.loading import load_run_recipe
-from hdscale.engine.checkpoint import require_checkpoint
-from hdscale.engine.metrics import read_metrics, write_curves
+from hdscale.engine.metrics import write_curves
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
+from hdscale.evaluation.knn import knn_accuracy
+from hdscale.evaluation.linear_probe import linear_probe
 from hdscale.evaluation.runs import TrainedRun, student_name, student_subject, summary_subjects
-from hdscale.evaluation.subjects import measure, measure_knn
-from hdscale.evaluation.summary import curve_scalars, render_knn, render_summary, summary_json
+from hdscale.evaluation.subjects import held_out_features, measure
+from hdscale.evaluation.summary import curve_scalars, render_knn, render_probe, render_summary, summary_json
 
 
 def main(argv: list[str]) -> int:
@@ -30,33 +31,33 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     knn = commands.add_parser("knn", help="k-NN accuracy of one run's student")
-    knn.add_argument("--run", type=Path, required=True, help="folder of a run")
+    probe = commands.add_parser("probe", help="accuracy of a linear classifier on one run's frozen student")
+    for command in (knn, probe):
+        command.add_argument("--run", type=Path, required=True, help="folder of a run")
     summary = commands.add_parser("summary", help="table of pixels, untrained student, teachers and students")
     summary.add_argument("--run", type=Path, required=True, action="append", help="folder of a run; may be repeated")
     summary.add_argument("--output", type=Path, help="JSON file to write, with the curves of all layers")
-    for command in (knn, summary):
-        command.add_argument("--train-samples", type=int, help="neighbours: the first so many training samples")
+    for command in (knn, probe, summary):
+        command.add_argument("--train-samples", type=int, help="learn from the first so many training samples only")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.command == "knn":
-        print(_knn(_read(options.run), options.train_samples, device))
+    if options.command == "summary":
+        print(_summary([read_run(folder) for folder in options.run], options.train_samples, options.output, device))
     else:
-        print(_summary([_read(folder) for folder in options.run], options.train_samples, options.output, device))
+        print(_classify(read_run(options.run), options.command, options.train_samples, device))
     return EXIT_DONE
 
 
-def _read(folder: Path) -> TrainedRun:
-    recipe, checkpoint = load_run_recipe(folder), require_checkpoint(folder)
-    rates = [line["images_per_second"] for line in read_metrics(folder)]
-    rate = statistics.median(rates) if rates else None
-    return TrainedRun(folder, recipe, checkpoint.module_state(), checkpoint.step, rate)
-
-
-def _knn(trained: TrainedRun, train_samples: int | None, device: torch.device) -> str:
+def _classify(trained: TrainedRun, how: str, train_samples: int | None, device: torch.device) -> str:
     evaluation = trained.recipe.evaluation
     held_out = open_held_out(trained.recipe.data, evaluation, train_samples=train_samples)
-    result = measure_knn(student_subject(trained), held_out, evaluation.neighbors, device, sys.stderr)
-    return f"{trained.folder} at step {trained.step}: {render_knn(result, evaluation.neighbors, held_out.num_train)}"
+    features = held_out_features(student_subject(trained), held_out, device, sys.stderr)
+    if how == "knn":
+        result = knn_accuracy(*features, evaluation.neighbors)
+        text = render_knn(result, evaluation.neighbors, held_out.num_train)
+    else:
+        text = render_probe(linear_probe(*features), held_out.num_train)
+    return f"{trained.folder} at step {trained.step}: {text}"
 
 
 def _summary(runs: list[TrainedRun], train_samples: int | None, output: Path | None, device: torch.device) -> str:

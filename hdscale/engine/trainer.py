@@ -206,6 +206,7 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "data_wait": data_wait,
         "bad_samples": len(trainer.quarantine.sample_ids),
         "mfu": mfu,
+        "flops_per_image": plan.flops_per_image,
         "memory_gb": peak_memory_gb(trainer.ranks),
     }
     metrics.write(line)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hdscale.evaluation.accuracy import Accuracy, accuracy_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -18,17 +19,18 @@ _CELLS = 1 << 26
 """Similarities computed at once: 256 MB."""
 
 
-class KnnResult(NamedTuple):
-    """Accuracy on held-out samples."""
+class Features(NamedTuple):
+    """What classifiers of frozen features learn from, and what they are judged by; on the CPU."""
 
-    accuracy: float  # share in [0, 1]
-    standard_error: float  # of that share: sqrt(p (1 - p) / num)
-    num: int  # held-out samples
+    train: Tensor  # (M, D) float32
+    train_labels: Tensor  # (M,) int64
+    val: Tensor  # (V, D) float32
+    val_labels: Tensor  # (V,) int64
 
 
 def knn_accuracy(
     train_features: Tensor, train_labels: Tensor, val_features: Tensor, val_labels: Tensor, k: int
-) -> KnnResult:
+) -> Accuracy:
     """Classify held-out features by the majority of their k nearest training features.
 
     Nearness is cosine similarity in float32; equally near neighbours rank by their row. A tie of votes goes to the
@@ -49,9 +51,7 @@ def knn_accuracy(
         val = F.normalize(val_features[start : start + chunk].float(), dim=1)
         predicted = _majority(train_labels[_nearest(val @ train.T, min(k, len(train)))])
         correct += int((predicted == val_labels[start : start + chunk]).sum())
-    accuracy = correct / len(val_features)
-    error = math.sqrt(accuracy * (1 - accuracy) / len(val_features))
-    return KnnResult(accuracy, error, len(val_features))
+    return accuracy_of(correct, len(val_features))
 
 
 def _nearest(similarity: Tensor, k: int) -> Tensor:

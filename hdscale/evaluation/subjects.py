@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
 from hdscale.evaluation.curves import AttentionCurves, attention_curves
-from hdscale.evaluation.knn import KnnResult, extract_features, knn_accuracy, pooled, raw_pixels
+from hdscale.evaluation.knn import Features, extract_features, knn_accuracy, pooled, raw_pixels
 from hdscale.progress import Progress
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.files import load_teacher_file
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdscale.config.recipe import EvaluationConfig, TeacherConfig
+    from hdscale.evaluation.accuracy import Accuracy
     from hdscale.evaluation.held_out import HeldOut
     from hdscale.student.build import Student
     from hdscale.teachers.build import FrozenTeacher
@@ -42,7 +43,7 @@ class Row(NamedTuple):
 
     name: str
     role: Role
-    knn: KnnResult
+    knn: Accuracy
     curves: AttentionCurves | None  # of every layer; None without attention
     images_per_second: float | None
 
@@ -57,13 +58,12 @@ def teacher_subject(config: TeacherConfig, grid_size: int, field: str) -> Subjec
     return Subject(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))
 
 
-def measure_knn(subject: Subject, held_out: HeldOut, k: int, device: torch.device, stream: TextIO | None) -> KnnResult:
-    """Classify held-out samples by mean-pooled patch tokens, or by pixels.
+def held_out_features(subject: Subject, held_out: HeldOut, device: torch.device, stream: TextIO | None) -> Features:
+    """Take mean-pooled patch tokens, or pixels, of both sides.
 
     Args:
         subject: moved to the device.
         held_out: both sides.
-        k: neighbours.
         device: where the model runs.
         stream: where to show progress.
     """
@@ -76,10 +76,10 @@ def measure_knn(subject: Subject, held_out: HeldOut, k: int, device: torch.devic
         assert tokens is not None
         return pooled(tokens)
 
-    with Progress(f"k-NN, {subject.name}", held_out.num_train + held_out.num_val, "images", stream) as progress:
+    with Progress(f"features, {subject.name}", held_out.num_train + held_out.num_val, "images", stream) as progress:
         train = extract_features(encode, held_out.train, progress)
         val = extract_features(encode, held_out.val, progress)
-    return knn_accuracy(*train, *val, k)
+    return Features(*train, *val)
 
 
 def measure_attention(
@@ -118,7 +118,7 @@ def measure_attention(
 def measure(
     subject: Subject, held_out: HeldOut, evaluation: EvaluationConfig, device: torch.device, stream: TextIO | None
 ) -> Row:
-    """Fill one row of the summary; see `measure_knn` and `measure_attention`."""
-    knn = measure_knn(subject, held_out, evaluation.neighbors, device, stream)
+    """Fill one row of the summary; see `held_out_features` and `measure_attention`."""
+    knn = knn_accuracy(*held_out_features(subject, held_out, device, stream), evaluation.neighbors)
     curves = measure_attention(subject, held_out, evaluation.attention_images, device)
     return Row(subject.name, subject.role, knn, curves, subject.images_per_second)

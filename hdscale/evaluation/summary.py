@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hdscale.evaluation.knn import KnnResult
+    from hdscale.evaluation.accuracy import Accuracy
     from hdscale.evaluation.subjects import Row
 
 LAST_LAYERS = 4
@@ -46,12 +46,17 @@ def student_differences(rows: Sequence[Row]) -> list[Difference]:
     ]
 
 
-def render_knn(result: KnnResult, neighbors: int, num_train: int) -> str:
+def render_knn(result: Accuracy, neighbors: int, num_train: int) -> str:
     """Return one k-NN result as a line of text."""
     return (
         f"k-NN accuracy {_percent(result)} % (k = {neighbors}, {result.num} held-out samples, "
         f"{num_train} training samples)"
     )
+
+
+def render_probe(result: Accuracy, num_train: int) -> str:
+    """Return one linear probe's result as a line of text."""
+    return f"linear probe accuracy {_percent(result)} % ({result.num} held-out samples, {num_train} training samples)"
 
 
 def render_summary(rows: Sequence[Row], *, neighbors: int) -> str:
@@ -117,7 +122,7 @@ def _cells(row: Row, depth: int) -> tuple[str, ...]:
     return row.name, _percent(row.knn), distances, nmis, rate
 
 
-def _percent(result: KnnResult) -> str:
+def _percent(result: Accuracy) -> str:
     return f"{100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f}"
 
 

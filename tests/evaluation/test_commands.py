@@ -116,6 +116,13 @@ def test_knn_prints_the_accuracy_of_the_newest_checkpoint(main, world, capsys):
     assert line.endswith("200 training samples)")
 
 
+def test_probe_prints_the_accuracy_of_a_linear_classifier(main, world, capsys):
+    assert main(["probe", "--run", str(world / "runs/hybrid"), "--train-samples", "200"]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{world / 'runs/hybrid'} at step 20: linear probe accuracy ")
+    assert line.endswith("200 training samples)")
+
+
 def test_the_summary_has_a_row_for_everything_and_curves_in_tensorboard(main, world, capsys):
     runs = [str(world / "runs" / name) for name in ("feature_only", "hybrid")]
     output = world / "new" / "summary.json"

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from hdscale.evaluation.accuracy import Accuracy
 from hdscale.evaluation.curves import AttentionCurves
-from hdscale.evaluation.knn import KnnResult
 from hdscale.evaluation.subjects import Row
 from hdscale.evaluation.summary import curve_scalars, render_knn, render_summary, student_differences, summary_json
 
@@ -11,7 +11,7 @@ CURVES = AttentionCurves((1.0, 2.0, 3.0, 4.0, 5.0, 6.25), (0.0, 0.1, 0.2, 0.3, 0
 
 
 def make_row(name, role, accuracy, error=0.01, curves=CURVES, rate=None):
-    return Row(name, role, KnnResult(accuracy, error, 360), curves, rate)
+    return Row(name, role, Accuracy(accuracy, error, 360), curves, rate)
 
 
 def test_differences_below_twice_their_standard_error_are_none():
@@ -86,6 +86,6 @@ def test_tensorboard_gets_one_value_a_layer_and_model():
 
 
 def test_a_single_result_is_one_line():
-    assert render_knn(KnnResult(0.9639, 0.0098, 360), 5, 1437) == (
+    assert render_knn(Accuracy(0.9639, 0.0098, 360), 5, 1437) == (
         "k-NN accuracy 96.4 +- 1.0 % (k = 5, 360 held-out samples, 1437 training samples)"
     )

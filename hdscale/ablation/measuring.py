@@ -1,0 +1,126 @@
+"""What a trained row, or a teacher, has learned; measured once and kept."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+from hdscale.config.loading import load_run_recipe
+from hdscale.engine.checkpoint import require_checkpoint
+from hdscale.engine.metrics import read_metrics
+from hdscale.evaluation.accuracy import Accuracy
+from hdscale.evaluation.curves import AttentionCurves
+from hdscale.evaluation.held_out import open_held_out
+from hdscale.evaluation.knn import knn_accuracy
+from hdscale.evaluation.linear_probe import linear_probe
+from hdscale.evaluation.runs import TrainedRun, student_subject
+from hdscale.evaluation.subjects import held_out_features, measure_attention, teacher_subject
+from hdscale.staging import staged
+from hdscale.student.build import student_grid_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from hdscale.ablation.plan import Plan
+    from hdscale.evaluation.subjects import Subject
+
+_FORMAT = 1
+
+
+class Measures(NamedTuple):
+    """Everything the table shows of one run, or of one teacher."""
+
+    knn: Accuracy
+    probe: Accuracy
+    curves: AttentionCurves  # of every layer of the student, without decoder
+    gflops: float | None  # of a training step an image, teachers included; None: nothing was trained
+    images_per_second: float | None  # of training, over all ranks: median of the logged steps
+    environment: dict[str, Any] | None  # what the run wrote down
+
+
+def read_run(folder: Path) -> TrainedRun:
+    """Read a run folder's recipe, newest checkpoint and speed."""
+    recipe, checkpoint = load_run_recipe(folder), require_checkpoint(folder)
+    rates = [line["images_per_second"] for line in read_metrics(folder)]
+    return TrainedRun(
+        folder, recipe, checkpoint.module_state(), checkpoint.step, statistics.median(rates) if rates else None
+    )
+
+
+def measure_plan(
+    plan: Plan, kept: Path, *, train_samples: int | None, device: torch.device, stream: TextIO | None
+) -> Measures:
+    """Measure a plan whose jobs are done, or read what was measured before.
+
+    Args:
+        plan: a row under a seed.
+        kept: folder of measures.
+        train_samples: that k-NN and probe learn from; None: all.
+        device: where models run.
+        stream: where to show progress.
+
+    Raises:
+        UserError: no held-out split, a teacher that cannot be built, and the like.
+    """
+    evaluation = plan.recipe.evaluation.model_dump(mode="json")
+    of: dict[str, Any] = {"format": _FORMAT, "train_samples": train_samples, "evaluation": evaluation}
+    if plan.folder is None:
+        assert plan.recipe.feature_teacher is not None, "a row without run measures a teacher"
+        of["teacher"] = plan.recipe.feature_teacher.model_dump(mode="json")
+        file = kept / f"teacher-{plan.row.model.removeprefix('@')}.json"
+    else:
+        of["done"] = (plan.folder / "DONE").stat().st_mtime_ns  # another training, another measurement
+        file = kept / f"{plan.folder.name}.json"
+    if (found := _read(file, of)) is not None:
+        return found
+    measures = _measure(plan, train_samples, device, stream)
+    kept.mkdir(parents=True, exist_ok=True)
+    with staged(file) as temporary:
+        temporary.write_text(json.dumps({"of": of, **_values(measures)}, indent=2) + "\n")
+    return measures
+
+
+def _measure(plan: Plan, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
+    gflops = environment = None
+    if plan.folder is None:
+        subject = _teacher(plan)
+    else:
+        subject = student_subject(read_run(plan.folder))
+        steps = [line["flops_per_image"] for line in read_metrics(plan.folder) if line.get("flops_per_image")]
+        gflops = steps[-1] / 1e9 if steps else None
+        environment = json.loads((plan.folder / "environment.json").read_text())
+    recipe = plan.recipe
+    held_out = open_held_out(recipe.data, recipe.evaluation, train_samples=train_samples)
+    features = held_out_features(subject, held_out, device, stream)
+    curves = measure_attention(subject, held_out, recipe.evaluation.attention_images, device)
+    assert curves is not None, "a model has attention"
+    knn = knn_accuracy(*features, recipe.evaluation.neighbors)
+    return Measures(knn, linear_probe(*features), curves, gflops, subject.images_per_second, environment)
+
+
+def _teacher(plan: Plan) -> Subject:
+    recipe = plan.recipe
+    assert recipe.feature_teacher is not None
+    return teacher_subject(
+        recipe.feature_teacher, student_grid_size(recipe.student, recipe.data.img_size), f"row {plan.row.key}"
+    )
+
+
+def _values(measures: Measures) -> dict[str, Any]:
+    parts = {name: getattr(measures, name)._asdict() for name in ("knn", "probe", "curves")}
+    return measures._asdict() | parts
+
+
+def _read(file: Path, of: dict[str, Any]) -> Measures | None:
+    """Return kept measures, unless they are of something else or cannot be read."""
+    try:
+        content = json.loads(file.read_text())
+        if content.pop("of") != of:
+            return None
+        content["knn"], content["probe"] = (Accuracy(**content[name]) for name in ("knn", "probe"))
+        content["curves"] = AttentionCurves(*(tuple(content["curves"][name]) for name in AttentionCurves._fields))
+        return Measures(**content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -1,0 +1,101 @@
+"""Figures of a row over its seeds, and which differences between rows are more than their errors."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hdscale.ablation.measuring import Measures
+    from hdscale.ablation.rows import Paper, Row, Table
+
+
+class Figure(NamedTuple):
+    """One number of a row."""
+
+    mean: float  # over seeds
+    spread: float | None  # deviation over seeds; with one seed the standard error of held-out samples, or nothing
+    standard_error: float | None  # of the mean; None: unknown
+
+
+class RowResult(NamedTuple):
+    """What the table shows of a row."""
+
+    row: Row
+    folders: tuple[str, ...]  # names of its run folders, by seed
+    measures: tuple[Measures, ...]  # by seed; empty when the row failed or is not trained yet
+
+    def figure(self, name: str) -> Figure | None:
+        """Return `knn` and `probe` in percent, `head_distance` in pixels and `nmi` of the last layer; None: unknown."""
+        if not self.measures:
+            return None
+        values = [_value(measures, name) for measures in self.measures]
+        mean = statistics.fmean(values)
+        sampling = _sampling_error(self.measures[0], name)
+        if len(values) == 1:
+            return Figure(mean, sampling, sampling)
+        spread = statistics.stdev(values)
+        # Seeds that agree to the last sample say nothing about how far others would be.
+        error = spread / math.sqrt(len(values)) if spread > 0 else sampling
+        return Figure(mean, spread, error)
+
+    def by_layer(self, name: str) -> list[float]:
+        """Return `head_distance` or `nmi` of every layer, means over seeds."""
+        curves = [getattr(measures.curves, name) for measures in self.measures]
+        return [statistics.fmean(layer) for layer in zip(*curves, strict=True)]
+
+    def cost(self, name: str) -> float | None:
+        """Return `gflops` or `images_per_second`, the mean over seeds; None for a teacher that was only measured."""
+        values = [value for measures in self.measures if (value := getattr(measures, name)) is not None]
+        return statistics.fmean(values) if values else None
+
+
+class Difference(NamedTuple):
+    """A figure of one row less that of the row it is compared with."""
+
+    value: float
+    standard_error: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is at least twice its standard error."""
+        return self.value != 0 and abs(self.value) >= 2 * self.standard_error
+
+
+def difference(result: RowResult, reference: RowResult, name: str) -> Difference | None:
+    """Compare two rows; the errors are taken as independent. None where a figure or its error is unknown."""
+    ours, theirs = result.figure(name), reference.figure(name)
+    if ours is None or theirs is None or ours.standard_error is None or theirs.standard_error is None:
+        return None
+    return Difference(ours.mean - theirs.mean, math.hypot(ours.standard_error, theirs.standard_error))
+
+
+def pairs(table: Table, results: Sequence[RowResult]) -> list[tuple[RowResult, RowResult]]:
+    """List trained rows with the trained rows they are compared with; same runs under two names are no pair."""
+    there = {result.row.key: result for result in results if result.measures and not result.row.model}
+    found = []
+    for result in there.values():
+        reference = there.get(table.compared_with(result.row))
+        if reference is not None and reference.folders != result.folders:
+            found.append((result, reference))
+    return found
+
+
+def paper_difference(row: Row, reference: Row) -> tuple[float, float] | None:
+    """Return the paper's difference in AP box and AP mask."""
+    ours: Paper | None = row.paper
+    theirs: Paper | None = reference.paper
+    return None if ours is None or theirs is None else (ours.ap_box - theirs.ap_box, ours.ap_mask - theirs.ap_mask)
+
+
+def _value(measures: Measures, name: str) -> float:
+    if name in ("knn", "probe"):
+        return 100 * getattr(measures, name).accuracy
+    return getattr(measures.curves, name)[-1]
+
+
+def _sampling_error(measures: Measures, name: str) -> float | None:
+    return 100 * getattr(measures, name).standard_error if name in ("knn", "probe") else None

@@ -1,0 +1,209 @@
+"""Run the commands of a table one after another, each once, and go on where one fails."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
+
+from hdscale.ablation.scales import ROOT
+from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
+from hdscale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+    from hdscale.ablation.plan import Job, Plan
+    from hdscale.ablation.scales import Scale, Training
+
+_TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")
+
+
+class Stopped(Exception):
+    """A person or a scheduler has asked to stop; the running command has ended, with its checkpoint."""
+
+
+class Launcher(NamedTuple):
+    """How jobs are started."""
+
+    scale: Scale
+    ranks: int  # of one machine
+    hostfile: Path | None
+    logs: Path
+    stream: TextIO | None = None  # where it is shown what runs
+
+    def command(self, job: Job, port: int | None = None) -> list[str]:
+        """Return the job's command line; without a port, as a person would type it."""
+        script = str(ROOT / job.script)
+        if not job.on_ranks:
+            return [sys.executable if port else "python", script, *job.arguments]
+        start = [sys.executable, _deepspeed()] if port else ["deepspeed"]
+        hosts = [] if self.hostfile is None else ["--hostfile", str(self.hostfile)]
+        quiet = ["--quiet", "--master_port", str(port)] if port else []
+        return [*start, *quiet, *hosts, "--num_gpus", str(self.ranks), script, *job.arguments]
+
+    def run(self, job: Job) -> str | None:
+        """Run a job to its end; return None, or in one line why it failed.
+
+        Raises:
+            Stopped: SIGINT or SIGTERM came; the job has had them, too.
+        """
+        log = self.logs / f"{job.name.replace(' ', '-')}.log"
+        self._say(f"{job.name}: running, log in {log}")
+        started = time.monotonic()
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w") as file:
+                code = _wait(self.command(job, _free_port()), self._environment(), file)
+        except OSError as error:
+            raise UserError(f"--output: {log} cannot be written ({error.strerror}): choose another folder") from error
+        if code == 0 and job.marks:
+            job.marker.parent.mkdir(parents=True, exist_ok=True)
+            job.marker.write_text("")
+        self._say(f"{job.name}: {time.monotonic() - started:.0f} s, exit code {code}")
+        return None if code == 0 and job.is_done else f"{job.name}: {_reason(log, code)}"
+
+    def _environment(self) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        # The launcher's workers must find this hdscale, and ninja beside this Python.
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+        env.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self.scale.on_cpu:
+            env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"}
+            env.setdefault("OMP_NUM_THREADS", "1")
+        return env
+
+    def _say(self, text: str) -> None:
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+
+class Failures:
+    """Which rows have failed and why."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}  # by the plan's label, each once
+
+    def add(self, label: str, reason: str) -> None:
+        """Note a row's first reason."""
+        self.reasons.setdefault(label, reason)
+
+
+def run_plans(
+    plans: Sequence[Plan], run: Callable[[Job], str | None], finished: Callable[[Plan], None], failures: Failures
+) -> None:
+    """Do what plans need and is not done yet, in order; a plan whose job fails is noted, and the next one begins.
+
+    Args:
+        plans: rows under seeds.
+        run: runs a job and says why it failed; `Launcher.run`.
+        finished: told of each plan whose jobs are done; a `UserError` of its is the row's failure.
+        failures: noted here.
+    """
+    broken: dict[Path, str] = {}  # by marker: a job that has failed is not tried again for the next row
+    for plan in plans:
+        reason = None
+        for job in plan.jobs:
+            if job.is_done:
+                continue
+            reason = broken.get(job.marker) or run(job)
+            if reason is not None:
+                broken[job.marker] = reason
+                break
+        if reason is None:
+            try:
+                finished(plan)
+            except UserError as error:
+                reason = str(error)
+        if reason is not None:
+            failures.add(plan.label, reason)
+
+
+def listing(plans: Sequence[Plan], launcher: Launcher) -> str:
+    """Return all rows and, below each, the commands that are first needed for it."""
+    shown: set[Path] = set()
+    lines = []
+    for plan in plans:
+        lines.append(f"# {plan.label}: {plan.row.name}")
+        for job in plan.jobs:
+            if job.marker in shown:
+                continue
+            shown.add(job.marker)
+            lines.append(f"{'# done already: ' if job.is_done else ''}{shlex.join(launcher.command(job))}")
+    return "\n".join(lines)
+
+
+def adopt_teachers(scale: Scale, output: Path, stream: TextIO | None) -> None:
+    """Copy teachers that an earlier `make demo` has trained by the same recipe, instead of training them again."""
+    for name, training in scale.trained.items():
+        target = output / "teachers" / name
+        if training.found_at is None or target.exists() or not _is_same(training, output):
+            continue
+        staging = target.with_name(f".{name}.{os.getpid()}.tmp")
+        staging.mkdir(parents=True)
+        for file in _TEACHER_FILES:
+            shutil.copy(training.found_at / file, staging)
+        staging.rename(target)
+        if stream is not None:
+            print(f"teacher {name}: taken from {training.found_at}", file=stream)
+
+
+def _is_same(training: Training, output: Path) -> bool:
+    found = training.found_at
+    if found is None or not all((found / file).is_file() for file in _TEACHER_FILES):
+        return False
+    overrides = [override.replace("{output}", str(output)) for override in training.overrides]
+    return not changed_fields(load_run_recipe(found), load_recipe(training.recipe, overrides))
+
+
+def _wait(command: list[str], env: dict[str, str], log: TextIO) -> int:
+    """Run a command; on SIGTERM to this process end it, too, and wait until it has saved."""
+    child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        child.terminate()
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, forward) if in_main else None
+    try:
+        return child.wait()
+    except KeyboardInterrupt:  # Ctrl-C has reached the command as well: it is of the same terminal
+        child.wait()
+        raise Stopped from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _deepspeed() -> str:
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise UserError("the command deepspeed is not installed: pip install -r requirements.txt")
+    return found
+
+
+def _free_port() -> int:
+    """Two launches on one machine must not meet at the launcher's default port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _reason(log: Path, code: int) -> str:
+    """Return the last thing that the log says about an error."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    told = [line for line in lines if line.startswith("error") or "Error: " in line]
+    return f"{told[-1] if told else f'exit code {code}'} (log: {log})"
