@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     check_settings(settings)
     part, resize = _part(arguments), _resize(arguments)
     source = _source(arguments, resize)
-    listing = source.listing()
+    listing = _listing(source, arguments.input)
     for words in listing.left_out:
         print(f"left out: {words}", file=sys.stderr)
     _warn(listing)
@@ -62,6 +62,14 @@ def main(argv: list[str]) -> int:
         _report(manifest, arguments.output)
     _warn(listing)  # again: the first time was hours ago
     return EXIT_DONE
+
+
+def _listing(source: Source, path: Path | None) -> Listing:
+    try:
+        return source.listing()
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        raise UserError(f"--input {path} cannot be listed ({reason}): mend that and run again") from error
 
 
 def _warn(listing: Listing) -> None:

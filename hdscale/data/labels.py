@@ -111,7 +111,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         UserError: it cannot be read, or a line is empty or there twice.
     """
     try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
+        names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {path} cannot be read ({error}): give a text file, one class name a line") from None
     if not names:
