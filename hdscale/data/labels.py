@@ -10,6 +10,8 @@ from hdscale.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hdscale.data.index import ShardSet
+
 UNLABELLED = -1
 MAX_CLS = 64
 """Bytes of a `.cls` member; a longer one is no number."""
@@ -102,6 +104,17 @@ def label_rule(option: str, num_classes: int | None) -> LabelRule:
     if option.startswith("json:") and len(option) > len("json:"):
         return LabelRule(False, (option.removeprefix("json:"),), True, num_classes)
     raise UserError(f"--labels must be auto, cls, none, or json:FIELD such as json:label, got {option!r}")
+
+
+def require_labels(shards: ShardSet, purpose: str) -> None:
+    """Raise a UserError unless all samples of a split have a label; `purpose` says what needs them."""
+    count = int((shards.index["label"] == UNLABELLED).sum())
+    if count:
+        raise UserError(
+            f"{purpose} needs labels, but {count} of {shards.num_samples} samples of split {shards.split} in "
+            f"{shards.folder} have none: index them again with data_tools/index_shards.py --labels cls or json:FIELD, "
+            "which leaves such samples out"
+        )
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

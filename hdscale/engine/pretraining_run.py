@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hdscale.cli import EXIT_DONE
+from hdscale.data.labels import require_labels
 from hdscale.engine.assembly import identify, plan_run, start_engine, train_run
 from hdscale.engine.checkpoint import require_checkpoint
 from hdscale.engine.ranks import distributed
@@ -44,6 +45,8 @@ def pretrain(
         stream: where the first rank shows progress.
     """
     run = identify(plan_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
+    if method == "supervised":
+        require_labels(run.shards, "--method supervised")
     module, prepare = _build(recipe, method, len(run.shards.classes))
     with distributed() as ranks:
         engine = start_engine(run, module, ranks)
