@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -132,6 +133,7 @@ def student_grid_size(config: StudentConfig, img_size: int) -> int:
     return int(model.patch_embed.grid_size[0])
 
 
+@functools.cache
 def _has_layer_scale(name: str) -> bool:
     if not timm.is_model(name):
         return False  # create_vit says so
