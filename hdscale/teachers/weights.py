@@ -58,6 +58,8 @@ def read_state(path: str | Path, field: str) -> dict[str, Tensor]:
         raise UserError(f"{field}: there is no file {path}; give a file of weights")
     try:
         state: Any = _load(path, field)
+    except UserError:
+        raise
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{field}: {path} is neither a safetensors file nor a torch checkpoint: {reason}") from error
