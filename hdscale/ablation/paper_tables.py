@@ -65,8 +65,8 @@ _TABLE_4 = Table(
     base=(_ABLATION, _NO_MASKS),
     notes=(
         _UNMASKED,
-        "*: an MAE that was trained on ImageNet-100 for 100 epochs. The paper lowers its weight without saying to what: "
-        "here to loss.alpha 0.5.",
+        "*: an MAE that was trained on ImageNet-100 for 100 epochs. The paper lowers its weight, and does not say to "
+        "what; here loss.alpha is 0.5.",
     ),
     demo_notes=("*: an MAE of 5 epochs instead of 20.",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -14,18 +15,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+import psutil
+
 from hdscale.ablation.scales import ROOT
 from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
     from hdscale.ablation.plan import Job, Plan
     from hdscale.ablation.scales import Scale, Training
 
 _TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")
+
+
+_STOP_SECONDS = 120.0
+"""For a checkpoint of a large student to be written."""
 
 
 class Stopped(Exception):
@@ -63,7 +70,9 @@ class Launcher(NamedTuple):
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
-                code = _wait(self.command(job, _free_port()), self._environment(), file)
+                command = self.command(job, _free_port())
+                has_ranks = job.on_ranks and self.hostfile is None
+                code = _wait(command, self._environment(), file, has_ranks=has_ranks)
         except OSError as error:
             raise UserError(f"--output: {log} cannot be written ({error.strerror}): choose another folder") from error
         if code == 0 and job.marks:
@@ -166,25 +175,51 @@ def _is_same(training: Training, output: Path) -> bool:
     return not changed_fields(load_run_recipe(found), load_recipe(training.recipe, overrides))
 
 
-def _wait(command: list[str], env: dict[str, str], log: TextIO) -> int:
-    """Run a command; on SIGTERM to this process end it, too, and wait until it has saved."""
-    child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+def _wait(command: list[str], env: dict[str, str], log: TextIO, *, has_ranks: bool) -> int:
+    """Run a command; on Ctrl-C or SIGTERM to this process stop it, too, and wait until it has saved.
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        child.terminate()
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, forward) if in_main else None
+    It has a session of its own: Ctrl-C must not kill DeepSpeed's launcher, whose workers would go on without it.
+    """
+    child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        return child.wait()
-    except KeyboardInterrupt:  # Ctrl-C has reached the command as well: it is of the same terminal
+        with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+            return child.wait()
+    except KeyboardInterrupt:
+        _stop(psutil.Process(child.pid), has_ranks=has_ranks)
         child.wait()
         raise Stopped from None
+
+
+def _stop(command: psutil.Process, *, has_ranks: bool) -> None:
+    """Ask a command to stop and wait for its whole family.
+
+    Of the launcher's processes (it starts a second one, which starts the ranks) the ranks are asked: they agree on a
+    step, save and leave, and the others follow. SIGTERM would end the first one alone, on one machine.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = command.children(recursive=True)
+        ranks = [rank for child in command.children() for rank in child.children()] if has_ranks else []
+        for process in ranks or [*family, command]:
+            process.send_signal(signal.SIGUSR1 if ranks else signal.SIGTERM)
+        psutil.wait_procs(family, timeout=_STOP_SECONDS)
+
+
+@contextlib.contextmanager
+def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Let signals interrupt the block as Ctrl-C does; threads other than the main one cannot change that."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _deepspeed() -> str:

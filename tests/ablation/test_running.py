@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hdscale.ablation.plan import Job, Plan
+from hdscale.ablation.rows import Row
+from hdscale.ablation.running import Failures, Launcher, adopt_teachers, run_plans
+from hdscale.ablation.scales import SCALES
+from hdscale.config.loading import dump_recipe, load_recipe
+from hdscale.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = SCALES["demo"]
+
+
+def make_plan(folder, key, *names):
+    jobs = tuple(Job(name, "script.py", (), folder / name) for name in names)
+    return Plan(Row(key, key), 0, load_recipe(None), jobs, folder / "runs")
+
+
+def test_what_is_done_is_skipped_and_a_failing_row_does_not_stop_the_others(tmp_path):
+    plans = [
+        make_plan(tmp_path, "a", "shared", "a"),
+        make_plan(tmp_path, "b", "shared", "broken", "b"),
+        make_plan(tmp_path, "c", "shared", "broken", "c"),
+        make_plan(tmp_path, "d", "done", "d"),
+    ]
+    (tmp_path / "done").write_text("")
+    ran, finished, failures = [], [], Failures()
+
+    def run(job):
+        ran.append(job.name)
+        if job.name == "broken":
+            return "broken: no luck"
+        job.marker.write_text("")
+        return None
+
+    run_plans(plans, run, lambda plan: finished.append(plan.row.key), failures)
+    assert ran == ["shared", "a", "broken", "d"]  # the job that two rows need is tried once
+    assert finished == ["a", "d"]
+    assert failures.reasons == {"b, seed 0": "broken: no luck", "c, seed 0": "broken: no luck"}
+    # The next start does what is left.
+    ran.clear()
+    run_plans(plans, run, finished.append, Failures())
+    assert ran == ["broken"]
+
+
+def test_a_row_that_cannot_be_measured_is_a_failed_one(tmp_path):
+    failures = Failures()
+
+    def finished(plan):
+        raise UserError("val.manifest.json is missing")
+
+    run_plans([make_plan(tmp_path, "a")], lambda job: None, finished, failures)
+    assert failures.reasons == {"a, seed 0": "val.manifest.json is missing"}
+
+
+def script_job(folder, code, **changed):
+    script = folder / "script.py"
+    script.write_text(code)
+    return Job("the job", str(script), (), folder / "out/marker", on_ranks=False)._replace(**changed)
+
+
+def test_a_job_s_output_is_in_its_log_and_its_last_error_in_the_reason(tmp_path):
+    launcher = Launcher(DEMO, 2, None, tmp_path / "logs")
+    failing = script_job(tmp_path, "print('error: no shards')\nprint('bye')\nraise SystemExit(2)")
+    log = tmp_path / "logs/the-job.log"
+    assert launcher.run(failing) == f"the job: error: no shards (log: {log})"
+    assert log.read_text() == "error: no shards\nbye\n"
+    # Exit code 0 alone proves nothing: a killed launcher ends with it.
+    assert launcher.run(script_job(tmp_path, "")) == f"the job: exit code 0 (log: {log})"
+
+
+def test_a_job_without_marker_of_its_own_gets_one(tmp_path):
+    job = script_job(tmp_path, "", marks=True)
+    assert Launcher(DEMO, 2, None, tmp_path / "logs").run(job) is None
+    assert job.is_done
+
+
+def test_the_demo_s_jobs_run_on_the_cpu_with_this_hdscale(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code = "import json, os, hdscale; print(json.dumps([hdscale.__file__, dict(os.environ)]))"
+    Launcher(DEMO, 2, None, tmp_path / "logs").run(script_job(tmp_path, code))
+    file, env = json.loads((tmp_path / "logs/the-job.log").read_text())
+    assert file == str(ROOT / "hdscale/__init__.py")
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
+    assert env["DS_ACCELERATOR"] == "cpu"
+    assert "RANK" not in env
+
+
+def test_two_launches_get_different_ports_and_the_hostfile(tmp_path):
+    launcher = Launcher(SCALES["b-in1k"], 8, Path("hosts"), tmp_path)
+    job = Job("train", "launch/train.py", ("run.name=a",), tmp_path / "DONE")
+    words = launcher.command(job, 1234)
+    assert words[0] == sys.executable
+    assert words[2:] == [
+        *("--quiet", "--master_port", "1234", "--hostfile", "hosts", "--num_gpus", "8"),
+        *(str(ROOT / "launch/train.py"), "run.name=a"),
+    ]
+
+
+STOPPING = """
+import os, sys
+from pathlib import Path
+from hdscale.ablation.running import Stopped, _wait
+folder, first = Path(sys.argv[1]), sys.argv[2]
+try:
+    with (folder / "log").open("w") as log:
+        _wait([sys.executable, str(folder / first)], dict(os.environ), log, has_ranks=first == "runner.py")
+except Stopped:
+    sys.exit(75)
+"""
+# As DeepSpeed's on one machine: the first process knows no signal, the second one starts the ranks.
+RUNNER = "import subprocess, sys\nsubprocess.run([sys.executable, {!r}])\n"
+RANK = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(0.5)
+    Path(__file__).with_name("saved").write_text(signal.Signals(number).name)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
+Path(__file__).with_name("started").write_text("")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("first", "asked_by"), [("rank.py", "SIGTERM"), ("runner.py", "SIGUSR1")])
+def test_a_stop_waits_until_the_running_job_has_saved(first, asked_by, number, tmp_path):
+    (tmp_path / "parent.py").write_text(STOPPING)
+    (tmp_path / "runner.py").write_text(RUNNER.format(str(tmp_path / "launch.py")))
+    (tmp_path / "launch.py").write_text(RUNNER.format(str(tmp_path / "rank.py")))
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path), first]
+    parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    for _ in range(600):
+        if (tmp_path / "started").exists():
+            break
+        time.sleep(0.1)
+    os.killpg(parent.pid, number)  # what Ctrl-C on a terminal does
+    assert parent.wait(30) == 75
+    assert (tmp_path / "saved").read_text() == asked_by
+
+
+def test_teachers_of_an_earlier_demo_are_taken_when_they_are_the_same(tmp_path):
+    trainings = {}
+    for name in ("mae", "supervised"):
+        found = tmp_path / "demo" / name
+        found.mkdir(parents=True)
+        trainings[name] = DEMO.trained[name]._replace(found_at=found)
+        recipe = load_recipe(DEMO.trained[name].recipe, ["schedule.epochs=3"] if name == "supervised" else [])
+        (found / "recipe.yaml").write_text(dump_recipe(recipe))
+        for file in ("environment.json", "encoder.safetensors"):
+            (found / file).write_text(name)
+    scale, output = DEMO._replace(trained=trainings), tmp_path / "out"
+    adopt_teachers(scale, output, None)
+    assert not output.exists()  # neither is done
+    for name in ("mae", "supervised"):
+        (tmp_path / "demo" / name / "DONE").write_text("")
+    adopt_teachers(scale, output, None)
+    assert (output / "teachers/mae/encoder.safetensors").read_text() == "mae"
+    assert (output / "teachers/mae/DONE").exists()
+    assert [path.name for path in (output / "teachers").iterdir()] == ["mae"]  # the other one was trained otherwise
