@@ -74,11 +74,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert second.startswith("error: --source imagefolder needs --input")
 
 
-def test_ctrl_c_says_how_to_continue(pictures, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("busy", ["write_split", "ImageFolder.listing"])
+def test_ctrl_c_says_how_to_continue(busy, pictures, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_tools.make_shards.write_split", interrupt)
+    monkeypatch.setattr(f"data_tools.make_shards.{busy}", interrupt)
     assert main(arguments(pictures, tmp_path / "shards")) == EXIT_STOPPED
     assert "the same command continues" in capsys.readouterr().err
 

@@ -118,6 +118,7 @@ MISTAKES = {
     "--only-classes wrong.txt": "--only-classes names 1 of 1 classes that --input pictures lacks (dogs)",
     "--source digits --resize-short 4": "--source digits takes neither --resize-short nor --only-classes",
     "--source digits --only-classes wrong.txt": "--source digits takes neither",
+    "--source digits --input pictures": "--source digits needs no --input, got pictures",
     "--source csv --input list.csv": "n0/n0_",
     "--source csv --input missing.csv": "--input missing.csv cannot be read",
     "--source synset-tars --input missing": "--input missing is neither a folder of tars nor a tar of tars",
