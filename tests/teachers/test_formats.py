@@ -316,6 +316,24 @@ def test_eva_02_is_read_with_the_names_of_its_authors(name, tmp_path):
     assert torch.equal(tokens_of(model), tokens_of(source))
 
 
+def test_dinov3_is_read_with_the_names_of_its_authors(tmp_path):
+    sizes = {"model_name": "vit_small_patch16_dinov3_qkvb", **SIZES}
+    source = create_teacher_vit("name", sizes, seed=1)
+    authors = {"mask_token": torch.ones(1, DIM), "rope_embed.periods": torch.ones(4)}
+    for key, tensor in source.state_dict().items():
+        key = key.replace("gamma_", "ls").replace("reg_token", "storage_tokens")
+        authors[key + ".gamma" if ".ls" in key else key] = tensor
+    for block in range(2):
+        query, value = (authors.pop(f"blocks.{block}.attn.{part}_bias") + 1 for part in "qv")
+        authors[f"blocks.{block}.attn.qkv.bias"] = torch.cat([query, torch.zeros(DIM), value])
+        authors[f"blocks.{block}.attn.qkv.bias_mask"] = torch.ones(3 * DIM)
+        source.blocks[block].attn.q_bias.data, source.blocks[block].attn.v_bias.data = query, value
+    torch.save(authors, tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth")
+    model = create_teacher_vit("name", sizes, seed=2)
+    fit_state(model, read_state(tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth", "weights"), source="weights")
+    assert torch.equal(tokens_of(model), tokens_of(source))
+
+
 def test_a_layout_that_is_not_known_is_refused_with_its_names(tmp_path):
     state = below("vision_model.", random_state("hf_clip"))
     del state["vision_model.embeddings.class_embedding"]  # transformers' SigLIP has none
