@@ -322,3 +322,9 @@ def test_the_launcher_ends_with_our_exit_code_when_the_hostfile_is_not_there(own
     assert len(messages) == 1
     assert has(messages[0], "--hostfile nowhere does not exist", "HOST slots=GPUS")
     assert not (own_world.folder / "runs").exists()
+
+
+def test_a_pretrained_teacher_has_masks_of_its_own(spoiled, capsys):
+    overrides = ["student.mask_tokens=encoder", ONLINE]
+    message = spoiled(capsys, *overrides, script="pretrain_teacher", options=["--method", "mae"])
+    assert "student.mask_tokens must be none for method mae, got encoder" in message
