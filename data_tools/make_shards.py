@@ -41,27 +41,38 @@ _NAMED_SKIPS = 10
 
 def main(argv: list[str]) -> int:
     """Make the shards that the arguments ask for; return the exit code."""
-    arguments = _parse(argv)
+    try:
+        _make(_parse(argv))
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it was", file=sys.stderr)
+        return EXIT_STOPPED
+    return EXIT_DONE
+
+
+def _make(arguments: argparse.Namespace) -> None:
     settings = PlanSettings(arguments.split, arguments.val_fraction, arguments.samples_per_shard, arguments.seed)
     check_settings(settings)
     part, resize = _part(arguments), _resize(arguments)
     source = _source(arguments, resize)
-    listing = source.listing()
+    listing = _listing(source, arguments.input)
     for words in listing.left_out:
         print(f"left out: {words}", file=sys.stderr)
     _warn(listing)
     for job in _jobs(arguments, settings, source, listing, resize):
-        try:
-            if part is not None:
-                _write_part(job, part, arguments.workers)
-                continue
+        if part is not None:
+            _write_part(job, part, arguments.workers)
+        else:
             manifest = finish_split(job) if arguments.finish else _write_split(job, arguments.workers)
-        except KeyboardInterrupt:
-            print("stopped; the same command continues where it was", file=sys.stderr)
-            return EXIT_STOPPED
-        _report(manifest, arguments.output)
+            _report(manifest, arguments.output)
     _warn(listing)  # again: the first time was hours ago
-    return EXIT_DONE
+
+
+def _listing(source: Source, path: Path | None) -> Listing:
+    try:
+        return source.listing()
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        raise UserError(f"--input {path} cannot be listed ({reason}): mend that and run again") from error
 
 
 def _warn(listing: Listing) -> None:
@@ -176,6 +187,8 @@ def _source(arguments: argparse.Namespace, resize: Resize | None) -> Source:
     if arguments.source == "digits":
         if resize is not None or arguments.only_classes is not None:
             raise UserError("--source digits takes neither --resize-short nor --only-classes: leave them out")
+        if arguments.input is not None:
+            raise UserError(f"--source digits needs no --input, got {arguments.input}: leave it out")
         return Digits()
     if arguments.input is None:
         what = {

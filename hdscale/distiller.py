@@ -1,4 +1,4 @@
-"""The one module DeepSpeed wraps: the student, its removable feature head, and Eq. 1.
+"""The one module DeepSpeed wraps: the student, its removable decoder and feature head, and Eq. 1.
 
 Teachers stay outside: inside, ZeRO-3 would partition them with the student and every checkpoint would carry them.
 """
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from hdscale.errors import UserError
 from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.student.build import build_student
-from hdscale.student.heads import build_head
+from hdscale.student.decoder import TransformerDecoder, build_decoder
+from hdscale.student.heads import build_head, build_layer_heads
 from hdscale.types import LossTerms
-from hdscale.vit.tokens import relation_tokens
+from hdscale.vit.tokens import other_indices, relation_tokens, take_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,22 +45,29 @@ class Distiller(nn.Module):
         loss: LossConfig,
         *,
         cls_in_relation: bool,
+        layer_heads: nn.ModuleList | None = None,
+        decoder: TransformerDecoder | None = None,
     ) -> None:
         """Take built parts.
 
         Args:
             student: gives final patch tokens, and Q and K of the relation layers when there is a relation teacher.
-            head: student width to feature teacher width; None without a feature teacher.
+            head: student or decoder width to feature teacher width; None without a feature teacher.
             relation: how relations are made and compared.
             loss: weights of Eq. 1.
             cls_in_relation: the teacher's relations have the class token as their first row and column.
+            layer_heads: student width to relation teacher width, one a relation layer, where `relation.target` is
+                tokens and the widths differ.
+            decoder: blocks before the head; None: none.
         """
         super().__init__()
         self.student = student
+        self.decoder = decoder
         self.head = head
         self.relation = relation
         self.loss = loss
         self.cls_in_relation = cls_in_relation
+        self.layer_heads = layer_heads
 
     def forward(self, images: Tensor, targets: Targets) -> LossTerms:
         """Return Eq. 1 of one micro-batch; a teacher that was left out gives a zero term.
@@ -78,22 +86,50 @@ class Distiller(nn.Module):
         assert output.patch_tokens is not None
         if self.head is None or targets.features is None:
             return torch.zeros((), device=output.patch_tokens.device)
-        tokens = self.head(output.patch_tokens)  # (B, K, T)
+        tokens = output.patch_tokens
+        if self.decoder is not None:
+            tokens = self.decoder(output.prefix_tokens, tokens, targets.keep_indices)  # (B, K or N, decoder width)
+        tokens = self.head(self._compared(tokens, targets.keep_indices))  # (B, K, N - K or N, T)
         return feature_loss(tokens, targets.features, self.loss.beta, self.loss.target_norm)
+
+    def _compared(self, tokens: Tensor, keep_indices: Tensor | None) -> Tensor:
+        """Take the patches of `loss.features_on` out of all N, where there are that many, or the K kept ones."""
+        if keep_indices is None or self.loss.features_on == "all":
+            return tokens
+        if self.loss.features_on == "hidden":
+            return take_rows(tokens, other_indices(keep_indices, tokens.shape[1]))
+        return tokens if tokens.shape[1] == keep_indices.shape[1] else take_rows(tokens, keep_indices)
 
     def _relation_term(self, output: ViTOutput, targets: Targets) -> Tensor:
         assert output.patch_tokens is not None
-        assert len(output.queries) == len(targets.relations), "one teacher relation for each relation layer"
-        terms = []
-        for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
-            query, key = (
-                relation_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation) for x in (query, key)
-            )
-            relation = token_relation(query, key, self.relation.scale, self.relation.heads)
-            terms.append(relation_loss(relation, target, self.loss.beta, self.relation.loss))
+        is_relation = self.relation.target == "relation"
+        terms = self._relation_terms(output, targets) if is_relation else self._token_terms(output, targets)
+        assert len(terms) == len(targets.relations), "the teacher has said something about each relation layer"
         if not terms:
             return torch.zeros((), device=output.patch_tokens.device)
         return torch.stack(terms).mean()
+
+    def _relation_terms(self, output: ViTOutput, targets: Targets) -> list[Tensor]:
+        """Compare relations, layer by layer (Eq. 3)."""
+        terms = []
+        for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
+            query, key = self._related_tokens(query), self._related_tokens(key)
+            relation = token_relation(query, key, self.relation.scale, self.relation.heads)
+            terms.append(relation_loss(relation, target, self.loss.beta, self.relation.loss))
+        return terms
+
+    def _token_terms(self, output: ViTOutput, targets: Targets) -> list[Tensor]:
+        """Compare the tokens of relation layers (Table 5's MSA and T)."""
+        terms = []
+        for place, (tokens, target) in enumerate(zip(output.layer_tokens, targets.relations, strict=True)):
+            tokens = self._related_tokens(tokens)
+            if self.layer_heads is not None:
+                tokens = self.layer_heads[place](tokens)
+            terms.append(feature_loss(tokens, target, self.loss.beta, self.loss.target_norm))
+        return terms
+
+    def _related_tokens(self, x: Tensor) -> Tensor:
+        return relation_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation)
 
 
 def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
@@ -103,7 +139,7 @@ def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, te
 
 def check_heads(relation: RelationConfig, *, student_heads: int, teacher_heads: int) -> None:
     """Refuse head counts that cannot be compared head by head."""
-    if relation.heads == "per_head" and student_heads != teacher_heads:
+    if (relation.target, relation.heads) == ("relation", "per_head") and student_heads != teacher_heads:
         raise UserError(
             f"relation.heads: per_head needs equal head counts, the student has {student_heads} and the relation "
             f"teacher {teacher_heads}; set relation.heads=merged, or student.num_heads={teacher_heads}"
@@ -119,10 +155,11 @@ def build_distiller(
     seed: int,
     feature_dim: int | None,
     relation_heads: int | None,
+    relation_dim: int | None = None,
     teacher_has_cls: bool,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Distiller:
-    """Build student, head and losses for the teachers there are.
+    """Build student, decoder, head and losses for the teachers there are.
 
     Args:
         student: the recipe's section, as the next two.
@@ -132,6 +169,7 @@ def build_distiller(
         seed: of the initial weights.
         feature_dim: width of the feature teacher's tokens; None without one.
         relation_heads: attention heads of the relation teacher; None without one.
+        relation_dim: width of its tokens, where `relation.target` is tokens.
         teacher_has_cls: whether the relation teacher has a class token.
         checkpoint_fn: see `ViTEncoder`.
 
@@ -141,12 +179,27 @@ def build_distiller(
     if feature_dim is None and relation_heads is None:
         raise UserError("feature_teacher and relation_teacher are both null: a student needs at least one of them")
     layers = relation.layers if relation_heads is not None else ()
-    model = build_student(student, img_size, seed=seed, relation_layers=layers, checkpoint_fn=checkpoint_fn)
+    model = build_student(
+        student,
+        img_size,
+        seed=seed,
+        relation_layers=layers,
+        layer_output=relation.target,
+        checkpoint_fn=checkpoint_fn,
+    )
     if relation_heads is not None:
         check_heads(relation, student_heads=model.num_heads, teacher_heads=relation_heads)
-    head = None if feature_dim is None else build_head(student, model.embed_dim, feature_dim, seed=seed)
+    head = decoder = None
+    if feature_dim is not None:
+        decoder = build_decoder(student, model, seed=seed)
+        width = model.embed_dim if decoder is None else decoder.decoder_dim
+        head = build_head(student, width, feature_dim, seed=seed)
     include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teacher_has_cls)
-    return Distiller(model, head, relation, loss, cls_in_relation=include)
+    layer_heads = None
+    if relation_heads is not None and relation.target != "relation":
+        assert relation_dim is not None, "token targets have a width"
+        layer_heads = build_layer_heads(len(layers), model.embed_dim, relation_dim, seed=seed)
+    return Distiller(model, head, relation, loss, cls_in_relation=include, layer_heads=layer_heads, decoder=decoder)
 
 
 def load_student(config: StudentConfig, img_size: int, weights: Mapping[str, Tensor]) -> Student:

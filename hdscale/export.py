@@ -8,6 +8,7 @@ from hdscale.distiller import load_student
 from hdscale.errors import UserError
 from hdscale.student.build import STATE_PREFIX, student_arch
 from hdscale.teachers.files import save_teacher_file
+from hdscale.vit.beit import to_beit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdscale.config.recipe import StudentConfig
+    from hdscale.student.build import Student
 
 
 def export_student(
     weights: Mapping[str, Tensor], config: StudentConfig, img_size: int, output: Path, *, kind: str = "student"
 ) -> dict[str, Any]:
-    """Write the ViT of a checkpoint, without heads and decoders, in float32.
+    """Write the ViT of a checkpoint, without heads, decoders and mask tokens, in float32.
 
     `timm.create_model(**arch).load_state_dict(load_file(output), strict=True)` takes the file; mean, deviation and arch
-    are in its metadata.
+    are in its metadata. A student with `rel_pos_bias` becomes timm's Beit.
 
     Args:
         weights: parameters and buffers of a `Distiller`, `MaskedAutoencoder` or `SupervisedClassifier`.
@@ -37,16 +39,34 @@ def export_student(
         The arguments of `timm.create_model`.
 
     Raises:
-        UserError: the weights are of another architecture, or the file cannot be written.
+        UserError: the weights are of another architecture, or timm cannot hold the student, or the file cannot be
+            written.
     """
     student = load_student(config, img_size, weights)  # in float32, whatever the weights are
     arch = student_arch(config, img_size)
-    state = {name.removeprefix(STATE_PREFIX): tensor for name, tensor in student.state_dict().items()}
+    everything = student.state_dict().items()
+    state = {name.removeprefix(STATE_PREFIX): value for name, value in everything if name.startswith(STATE_PREFIX)}
+    if config.rel_pos_bias:
+        arch, state = to_beit(_beit_sizes(student, arch), state)
     try:
         save_teacher_file(output, state, arch, config.mean, config.std, kind=kind)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
     return arch
+
+
+def _beit_sizes(student: Student, arch: Mapping[str, Any]) -> dict[str, Any]:
+    """Name all sizes: those that the student's timm name stands for are not Beit's."""
+    mlp: Any = student.encoder.model.blocks[0].mlp
+    sizes = {
+        "patch_size": student.patch_size,
+        "embed_dim": student.embed_dim,
+        "depth": student.depth,
+        "num_heads": student.num_heads,
+        "mlp_ratio": mlp.fc1.out_features / student.embed_dim,
+        "init_values": 0.0,
+    }
+    return {**sizes, **arch}
 
 
 def loading_code(arch: Mapping[str, Any], output: Path, config: StudentConfig) -> str:

@@ -43,14 +43,20 @@ class ViTOutput(NamedTuple):
     queries: tuple[Tensor, ...]  # per relation layer (B, A, P + N or K, E), as the attention uses them, not yet scaled
     keys: tuple[Tensor, ...]  # per relation layer (B, A, P + N or K, E)
     stage_tokens: tuple[Tensor, ...]  # per mask layer (B, N, T) patch tokens
+    layer_tokens: tuple[Tensor, ...] = ()  # per relation layer (B, P + N or K, T), where they take the place of Q and K
+    keep_indices: Tensor | None = None  # (B, K) int64 ascending, of a model that drops patches between its blocks
+    prefix_tokens: Tensor | None = None  # (B, P, T): class token and registers, as `patch_tokens`, never projected
+    attention_bias: Tensor | None = None  # (B or 1, A, S, S): added to scaled logits of all S tokens that blocks see
 
 
 class Targets(NamedTuple):
     """What the teachers say about one micro-batch: Eq. 1 without the student. Nothing here needs a gradient."""
 
     keep_indices: Tensor | None  # (B, K) int64 ascending; None: the student sees all N tokens
-    features: Tensor | None  # (B, K or N, T) feature teacher's patch tokens, not yet standardised
-    relations: tuple[Tensor, ...]  # per relation layer (B, A or 1, P' + K, P' + K) float32; empty without that teacher
+    features: Tensor | None  # (B, K, N - K or N, T) feature teacher's tokens at `loss.features_on`, not standardised
+    relations: tuple[Tensor, ...]
+    """Per relation layer (B, A or 1, P' + K, P' + K) float32, or tokens (B, P' + K, T) where `relation.target` asks for
+    them; empty without that teacher."""
 
 
 class LossTerms(NamedTuple):

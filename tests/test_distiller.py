@@ -18,7 +18,16 @@ def images():
     return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def make(relation=None, loss=None, *, student=STUDENT, feature_dim=24, relation_heads=4, teacher_has_cls=True):
+def make(
+    relation=None,
+    loss=None,
+    *,
+    student=STUDENT,
+    feature_dim=24,
+    relation_heads=4,
+    teacher_has_cls=True,
+    relation_dim=None,
+):
     return build_distiller(
         student,
         relation or RelationConfig(),
@@ -27,6 +36,7 @@ def make(relation=None, loss=None, *, student=STUDENT, feature_dim=24, relation_
         seed=1,
         feature_dim=feature_dim,
         relation_heads=relation_heads,
+        relation_dim=relation_dim,
         teacher_has_cls=teacher_has_cls,
     )
 
@@ -124,6 +134,30 @@ def test_without_masks_all_patches_are_compared(images):
 def test_merged_relations_take_unequal_head_counts(images):
     terms = make(RelationConfig(heads="merged"), relation_heads=6)(images, make_targets(7, heads=1))
     assert terms.relation.item() > 0
+
+
+@pytest.mark.parametrize("target", ["attention", "features"])
+@pytest.mark.parametrize("width", [32, 20])
+def test_targets_of_tokens_are_compared_token_by_token(target, width, images):
+    distiller = make(RelationConfig(target=target), LossConfig(beta=0.7), relation_dim=width, relation_heads=5)
+    generator = torch.Generator().manual_seed(4)
+    tokens = tuple(torch.randn(2, 7, width, generator=generator) * 2 + 1 for _ in range(2))
+    targets = make_targets(7)._replace(relations=tokens)
+    output = distiller.student(images, KEEP)
+    terms = []
+    for layer, (ours, theirs) in enumerate(zip(output.layer_tokens, tokens, strict=True)):
+        ours = ours.detach().double().numpy()
+        if width != 32:
+            linear = distiller.layer_heads[layer].proj
+            ours = ours @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
+        theirs = theirs.double().numpy()
+        theirs = (theirs - theirs.mean(-1, keepdims=True)) / np.sqrt(theirs.var(-1, keepdims=True) + 1e-6)
+        terms.append(smooth_l1(ours - theirs, 0.7))
+    loss = distiller(images, targets)
+    assert loss.relation.item() == pytest.approx(np.mean(terms), rel=1e-5)
+    assert (distiller.layer_heads is None) == (width == 32)
+    loss.total.backward()
+    assert [name for name, p in distiller.named_parameters() if p.grad is None] == []
 
 
 def test_the_loss_falls_on_a_fixed_batch_and_every_parameter_gets_a_gradient(images):

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 
-def attention_from_qk(query: Tensor, key: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+def attention_from_qk(query: Tensor, key: Tensor, num_prefix_tokens: int = 0, bias: Tensor | None = None) -> Tensor:
     """Compute attention between patches: softmax(QK^T / sqrt(E)) over all tokens, then without prefix tokens.
 
     Args:
         query: (B, A, P + N, E), as the attention uses it, not yet scaled.
         key: (B, A, P + N, E).
         num_prefix_tokens: P.
+        bias: (B or 1, A, P + N, P + N), which the attention adds to its logits; None: nothing.
 
     Returns:
         (B, A, N, N) float32, rows summing to 1.
     """
     with torch.autocast(query.device.type, enabled=False):
         logits = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, A, P + N, P + N)
+        if bias is not None:
+            logits = logits + bias.float()
         # Leaving prefix keys out of the softmax is the same as renormalising, without dividing by a row's small rest.
         return logits[..., num_prefix_tokens:, num_prefix_tokens:].softmax(dim=-1)
 

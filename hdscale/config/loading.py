@@ -149,6 +149,8 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
         inner = values.setdefault(key, {})
         if inner is None:
             inner = values[key] = {}
+        if isinstance(inner, str) and ":" in inner and depth == 0 and key.endswith("_teacher"):
+            inner = values[key] = {"name": inner}  # a teacher's section may be a name alone
         if not isinstance(inner, dict):
             raise UserError(f"{'.'.join(keys)} cannot be set: {'.'.join(keys[: depth + 1])} is a value, not a section")
         values = inner

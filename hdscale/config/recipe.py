@@ -6,7 +6,7 @@ the default is.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -81,14 +81,46 @@ class StudentConfig(Section):
     mlp_ratio: float | None = Field(default=None, gt=0)
     drop_path: float = Field(default=0.2, ge=0, lt=1)
     """Stochastic depth of the last block, rising linearly from 0 (dBOT: 0.2 for B and L)."""
-    decoder: Literal["linear", "identity"] = "linear"
-    """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder)."""
+    decoder: Literal["linear", "identity", "transformer"] = "linear"
+    """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder).
+    `transformer`: blocks before the Linear, the asymmetric decoder of Section 2 (dBOT, MAE)."""
+    decoder_depth: int = Field(default=8, ge=1)
+    """Blocks of `decoder: transformer` (dBOT, MAE: 8; Fig. 9: 1, 4 and 8)."""
+    decoder_dim: int | None = Field(default=None, ge=1)
+    """Width of these blocks (dBOT, MAE: 512); left out: the student's own."""
+    decoder_heads: int | None = Field(default=None, ge=1)
+    """Attention heads of these blocks (dBOT, MAE: 16); left out: the student's own."""
+    mask_tokens: Literal["none", "encoder", "decoder"] = "none"
+    """Where one learnt token stands for each dropped patch. `decoder`: the student sees kept patches, `decoder:
+    transformer` all places (dBOT, MAE). `encoder`: the student itself gets all places (Section 2.4; SimMIM, BEiT v2).
+    `none`: dropped patches are nowhere."""
+    pos_embed: Literal["sincos", "none"] = "sincos"
+    """MAE's fixed position embedding, or zeros in its place, which needs `rel_pos_bias` (FD's configs)."""
+    rel_pos_bias: bool = False
+    """One learnt relative position bias, added to the attention logits of all blocks (FD's configs; Appendix B.1). It
+    starts at zero and needs a class token and no registers."""
+    layer_scale: float | None = Field(default=None, gt=0)
+    """Initial value of a learnt factor a channel behind each attention and MLP: with the bias above, FD's "additional
+    learnable parameters" (FD's configs: 0.1; the biases of queries and values every student has). Left out: none, as
+    in MAE's ViT."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean subtracted from the image in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel deviation the image is divided by."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Activation checkpointing: recompute every n-th block in the backward pass; 1: every block, 0: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decoder != "transformer":
+            for name in ("decoder_dim", "decoder_heads"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is of decoder transformer, got decoder {self.decoder}; leave it out")
+            if self.mask_tokens == "decoder":
+                raise ValueError(f"mask_tokens decoder needs decoder transformer, got {self.decoder}")
+        if self.pos_embed == "none" and not self.rel_pos_bias:
+            raise ValueError("pos_embed none needs rel_pos_bias true: the student must know where its patches are")
+        return self
 
 
 class TeacherConfig(Section):
@@ -97,7 +129,9 @@ class TeacherConfig(Section):
     source: Literal["timm", "open_clip", "file"] = "timm"
     """`timm` and `open_clip` take an architecture by `name`; `file` takes it from the file at `weights` (hdscale's)."""
     name: str = ""
-    """`vit_large_patch16_224.mae` for timm; `ViT-L-14` for open_clip."""
+    """`vit_large_patch16_224.mae` for timm; `ViT-L-14` for open_clip. With a source before it, and weights behind it
+    where they are not the default, it stands for all three fields: `timm:vit_large_patch16_224.mae`,
+    `open_clip:ViT-L-14/openai`, `file:mae.safetensors`; so does a section that is nothing but such a name."""
     weights: str = "pretrained"
     """`pretrained` (timm's), an open_clip tag such as `openai`, `random` (tests and smoke runs), or a file's path."""
     img_size: int | None = Field(default=None, ge=1)
@@ -107,6 +141,30 @@ class TeacherConfig(Section):
     """Feature teacher: last block's tokens after the final norm, before it, or projected (CLIP)."""
     sharding: Literal["replicate", "zero3"] = "zero3"
     """Between steps, each rank holds the whole teacher, or its share of it (DeepSpeed ZeRO-3 inference engine)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_name(cls, values: Any) -> Any:
+        """Turn SOURCE:NAME/WEIGHTS into the three fields, which may be given as well if they say the same."""
+        if isinstance(values, str):
+            if ":" not in values:
+                raise ValueError(f"must be SOURCE:NAME, such as open_clip:ViT-L-14/openai, got {values}")
+            values = {"name": values}
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str) or ":" not in values["name"]:
+            return values
+        short = values["name"]
+        source, _, rest = short.partition(":")
+        if source not in ("timm", "open_clip", "file"):
+            raise ValueError(f"name must start with timm:, open_clip: or file:, got {short}")
+        name, slash, weights = ("", "/", rest) if source == "file" else rest.partition("/")
+        said = {"source": source, "name": name, **({"weights": weights} if slash else {})}
+        for field in ("source", "weights"):
+            if field in said and values.get(field, said[field]) != said[field]:
+                raise ValueError(
+                    f"name {short} says that {field} is {said[field]}, got {field} {values[field]}: leave one of them "
+                    f"out, or make {short} the whole section"
+                )
+        return {**values, **said}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,7 +176,12 @@ class TeacherConfig(Section):
 
 
 class RelationConfig(Section):
-    """Token relations R = QK^T (Eq. 2) and how they are compared."""
+    """What the relation teacher says about some of its layers, and how it is compared."""
+
+    target: Literal["relation", "attention", "features"] = "relation"
+    """Tables 5 and 6: token relations R = QK^T (Eq. 2); the attention's output MSA; the block's output T. The last two
+    are tokens: standardised as `loss.target_norm` says and compared by smooth L1, after a Linear where widths differ;
+    scale and heads are not for them."""
 
     layers: tuple[int, ...] = (-3, -2)
     """Blocks, 0-indexed, negative from the end: the two before the last (Eq. 3; Table 7's "10,11" of 12)."""
@@ -133,6 +196,8 @@ class RelationConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.loss == "kl" and self.target != "relation":
+            raise ValueError(f"loss kl compares relations, got target {self.target}: set loss to smooth_l1")
         if self.loss == "kl" and self.scale != "softmax":
             raise ValueError(f"loss kl needs scale softmax, got {self.scale}")
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -157,14 +222,31 @@ class MaskConfig(Section):
     """Computed in the step by the relation teacher, or read from `store`."""
     store: str = "masks"
     """Folder written by launch/precompute_masks.py."""
+    in_teacher: Literal["full", "drop"] = "full"
+    """`progressive`: the relation teacher runs on all patches and is masked afterwards (Eq. 1), or `drop` takes patches
+    out on its way (PCAE), which changes what it says about the others and needs masks made online."""
     images_per_forward: int = Field(default=16, ge=1)
     """The mask teacher always runs on exactly this many images (the last group is filled up): a matrix product rounds
     by its shape, and a different rounding could keep a different token. Part of the store's fingerprint."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.in_teacher == "drop" and (self.strategy, self.source) != ("progressive", "online"):
+            raise ValueError(
+                "in_teacher drop needs strategy progressive and source online, since the teacher has to drop patches "
+                f"in every step; got {self.strategy} and {self.source}"
+            )
+        return self
 
     @property
     def by_teacher(self) -> bool:
         """Whether the relation teacher chooses the tokens, ahead of training or in the step."""
         return self.strategy in ("direct", "progressive")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the strategy's ratio drops nothing."""
+        return (self.stage_keep_ratio if self.strategy == "progressive" else self.keep_ratio) == 1
 
 
 class TargetsConfig(Section):
@@ -183,6 +265,9 @@ class LossConfig(Section):
     """Smooth L1's change from square to line (dBOT, FD)."""
     target_norm: Literal["layer_norm", "none"] = "layer_norm"
     """Standardise each target token without affine parameters (dBOT, FD)."""
+    features_on: Literal["kept", "hidden", "all"] = "kept"
+    """Patches at which features are compared. `hidden`: the dropped ones (dBOT, MAE, SimMIM); it and `all` need
+    `student.mask_tokens` where there is a mask."""
 
 
 class OptimConfig(Section):
@@ -264,9 +349,10 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()
     feature_teacher: TeacherConfig | None = TeacherConfig(source="open_clip", name="ViT-L-14", weights="openai")
-    """Supervised or contrastive teacher of last-layer features; null: the paper's Distill-MAE baselines."""
+    """Teacher of last-layer features: supervised or contrastive, or the MAE itself in the paper's Distill-MAE (T_m of
+    Table 3); null: relations alone."""
     relation_teacher: TeacherConfig | None = TeacherConfig(source="timm", name="vit_large_patch16_224.mae")
-    """MAE teacher of token relations and masks; null: the paper's Distill-CLIP and Distill-DeiT baselines."""
+    """MAE teacher of token relations and masks; null: the paper's baselines of one teacher (Table 9)."""
     relation: RelationConfig = RelationConfig()
     mask: MaskConfig = MaskConfig()
     targets: TargetsConfig = TargetsConfig()
@@ -289,4 +375,22 @@ class Recipe(Section):
                 f"schedule.warmup_epochs must be below schedule.epochs {self.schedule.epochs:g}, "
                 f"got {self.schedule.warmup_epochs:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mask_tokens(self) -> Self:
+        """Refuse predictions that nobody makes, and mask tokens that stand for nothing."""
+        strategy, tokens, patches = self.mask.strategy, self.student.mask_tokens, self.loss.features_on
+        if strategy == "none" and tokens != "none":
+            raise ValueError(f"student.mask_tokens {tokens} needs dropped patches: set mask.strategy, such as random")
+        if patches == "hidden" and (strategy == "none" or self.mask.keeps_all):
+            raise ValueError("loss.features_on hidden needs dropped patches: set mask.strategy and its ratio, or kept")
+        if patches != "kept" and strategy != "none" and tokens == "none":
+            raise ValueError(
+                f"loss.features_on {patches} needs predictions at dropped patches: set student.mask_tokens to encoder "
+                "or decoder"
+            )
+        if self.feature_teacher is None and (tokens == "decoder" or patches != "kept"):
+            what = "student.mask_tokens decoder" if tokens == "decoder" else f"loss.features_on {patches}"
+            raise ValueError(f"{what} needs a feature_teacher: its features are what is predicted")
         return self

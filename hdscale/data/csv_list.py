@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hdscale.data.classes import choose_classes
-from hdscale.data.sources import Listing
+from hdscale.data.sources import Listing, read_file
 from hdscale.data.storing import Picture, Resize, stored_picture
 from hdscale.errors import UserError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _COLUMNS = ("path", "label")
+_MAX_DIGITS = 20  # of a label that is a number
 
 
 class CsvList:
@@ -68,7 +69,7 @@ class CsvList:
     def read(self, name: str, place: None = None) -> Picture:
         """Read a file; see `stored_picture`."""
         del place
-        return stored_picture((self.root / name).read_bytes(), self.resize)
+        return stored_picture(read_file(self.root / name), self.resize)
 
     def _rows(self) -> Iterator[tuple[int, str, str]]:
         """Yield line number, path and label."""
@@ -85,6 +86,8 @@ class CsvList:
                     if not row:
                         continue
                     path, label = (row[column].strip() if column < len(row) else "" for column in columns)
+                    if "\0" in path:
+                        raise self._error(line, "has a zero byte in its path: no file is called so")
                     if not path or not label:
                         raise self._error(line, f"has no {'label' if path else 'path'}: write path,label")
                     yield line, path, label
@@ -113,4 +116,5 @@ class CsvList:
 
 def _is_integer(label: str) -> bool:
     """Say whether a label is an integer as Python writes it: 007 is a name."""
-    return label.isascii() and label.removeprefix("-").isdecimal() and str(int(label)) == label
+    short = len(label) <= _MAX_DIGITS  # Python refuses to read an integer of thousands of digits
+    return short and label.isascii() and label.removeprefix("-").isdecimal() and str(int(label)) == label

@@ -17,6 +17,7 @@ import numpy as np
 from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_index
 from hdscale.data.labels import MAX_CLS, MAX_JSON, BadLabel, LabelRule
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
+from hdscale.data.names import is_text
 from hdscale.data.pictures import BadPicture
 from hdscale.data.pool import in_processes
 from hdscale.data.sizes import picture_size
@@ -109,11 +110,11 @@ def index_split(job: IndexJob, workers: int, progress: Callable[[int, str], obje
             written to.
     """
     tasks = _tasks(job)
-    if _is_complete(job, tasks):
-        manifest = read_manifest(job.folder, job.split)
-        progress(len(tasks), f"{manifest.num_samples} samples")
-        return manifest
     try:
+        if _is_complete(job, tasks):
+            manifest = read_manifest(job.folder, job.split)
+            progress(len(tasks), f"{manifest.num_samples} samples")
+            return manifest
         _begin(job)
         _index_tars(tasks, workers, progress)
         return _finish(job, tasks)
@@ -130,13 +131,21 @@ def tar_names(job: IndexJob) -> list[str]:
     Raises:
         UserError: there are none.
     """
-    if not job.folder.is_dir():
-        raise UserError(f"--input {job.folder} is not a folder: name the folder that holds the tar files")
-    names = sorted(
-        path.name
-        for path in job.folder.iterdir()
-        if fnmatchcase(path.name, job.pattern) and not path.name.startswith(".") and path.is_file()
-    )
+    try:
+        if not job.folder.is_dir():
+            raise UserError(f"--input {job.folder} is not a folder: name the folder that holds the tar files")
+        names = sorted(
+            path.name
+            for path in job.folder.iterdir()
+            if fnmatchcase(path.name, job.pattern) and not path.name.startswith(".") and path.is_file()
+        )
+    except OSError as error:
+        raise UserError(
+            f"--input {job.folder} cannot be listed ({error.strerror or error}): mend that, or name another folder"
+        ) from error
+    for name in names:
+        if not is_text(name):
+            raise UserError(f"--input {job.folder} has the tar {name!r}, whose name is no UTF-8: rename it")
     if not names:
         raise UserError(f"--input {job.folder} has no files {job.pattern}: name another folder, or give --pattern")
     return names

@@ -10,6 +10,8 @@ from hdscale.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hdscale.data.index import ShardSet
+
 UNLABELLED = -1
 MAX_CLS = 64
 """Bytes of a `.cls` member; a longer one is no number."""
@@ -104,6 +106,17 @@ def label_rule(option: str, num_classes: int | None) -> LabelRule:
     raise UserError(f"--labels must be auto, cls, none, or json:FIELD such as json:label, got {option!r}")
 
 
+def require_labels(shards: ShardSet, purpose: str) -> None:
+    """Raise a UserError unless all samples of a split have a label; `purpose` says what needs them."""
+    count = int((shards.index["label"] == UNLABELLED).sum())
+    if count:
+        raise UserError(
+            f"{purpose} needs labels, but {count} of {shards.num_samples} samples of split {shards.split} in "
+            f"{shards.folder} have none: index them again with data_tools/index_shards.py --labels cls or json:FIELD, "
+            "which leaves such samples out"
+        )
+
+
 def read_classes(path: Path) -> tuple[str, ...]:
     """Read a file with the name of one class a line, in the order of the labels.
 
@@ -111,7 +124,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         UserError: it cannot be read, or a line is empty or there twice.
     """
     try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
+        names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {path} cannot be read ({error}): give a text file, one class name a line") from None
     if not names:

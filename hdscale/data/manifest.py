@@ -72,15 +72,19 @@ def read_manifest(folder: Path, split: str) -> Manifest:
         UserError: it is not there, or is not one of ours.
     """
     path = manifest_path(folder, split)
-    if not path.is_file():
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         splits = sorted(found.name.removesuffix(".manifest.json") for found in folder.glob("*.manifest.json"))
         there = f"has the splits {', '.join(splits)} only" if splits else "holds no shards"
         raise UserError(
             f"{folder} {there}, {path.name} is missing: set data.shards and data.split, or make them with `python "
             f"data_tools/make_shards.py --source imagefolder --input DIR --output {folder} --split {split}`"
-        )
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or name another folder") from error
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "file"

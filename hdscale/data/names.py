@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+def is_text(name: str) -> bool:
+    """Say whether a name of the file system is UTF-8: Python keeps other bytes as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 class PackedNames(Sequence[str]):
     """Names as one text: 12 bytes each beside their own, where a list of str takes about 60.
 

@@ -16,8 +16,10 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
 from webdataset.compat import WebDataset
+from webdataset.handlers import ignore_and_continue
 
 from hdscale.data.decode import resize_and_flip
+from hdscale.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,27 +33,43 @@ if TYPE_CHECKING:
     ViewMaker = Callable[[bytes, ViewParameters, int], Any]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which such pipelines apply to every image
-_PICTURES = "jpg;jpeg;png;webp"
 
 
 def usual_pipeline(shards: ShardSet, num_images: int, img_size: int, batch_size: int) -> int:
     """Load images as people write it: webdataset, Pillow, torchvision's transforms, float32 batches.
 
+    What it cannot read, decode or pair is passed over.
+
     Returns:
         The number of images, at least `num_images`.
+
+    Raises:
+        UserError: it finds no picture at all.
     """
     crop = transforms.RandomResizedCrop(img_size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     flip, to_float = transforms.RandomHorizontalFlip(), transforms.ToTensor()
     transform = transforms.Compose([crop, flip, to_float, transforms.Normalize(_MEAN, _STD)])
     tars = [str(shards.folder / entry.name) for entry in shards.manifest.shards]
-    samples: Any = WebDataset(tars, shardshuffle=False).decode("pil").to_tuple(_PICTURES).map_tuple(transform)
+    samples: Any = WebDataset(tars, shardshuffle=False, empty_check=False, handler=ignore_and_continue)
+    samples = samples.decode("pil", handler=ignore_and_continue).map(_picture_of).map_tuple(transform)
     count = 0
     while count < num_images:
+        before = count
         for (images,) in samples.batched(batch_size):
             count += len(images)
             if count >= num_images:
                 break
+        if count == before:
+            raise UserError(
+                f"{shards.folder}: webdataset and Pillow find no picture in split {shards.split}, so that there is "
+                "nothing to compare with: benchmark other shards"
+            )
     return count
+
+
+def _picture_of(sample: dict[str, Any]) -> tuple[Image.Image] | None:
+    """Return the picture among the decoded members of a sample, whatever its extension; None drops the sample."""
+    return next(((value,) for value in sample.values() if isinstance(value, Image.Image)), None)
 
 
 def jpeg_decoders() -> dict[str, Decoder]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -79,15 +80,17 @@ class ImageFolder:
 
         Raises:
             UserError: there is no such folder, no class folder with a picture in it, or none of a class asked for.
+            OSError: a folder cannot be read.
         """
         if not self.folder.is_dir():
             raise UserError(f"--input {self.folder} is not a folder: name the folder that holds the class folders")
-        classes, names, labels, empty, others = [], [], [], [], 0
+        classes, names, labels, empty, others, loops = [], [], [], [], 0, []
         folders = (path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         chosen, left_out = choose_classes(sorted(folders), self.only, f"--input {self.folder}")
         for class_name in chosen:
-            found, ignored = _pictures_below(self.folder / class_name)
+            found, ignored, leading_back = _pictures_below(self.folder / class_name)
             others += ignored
+            loops += [f"{class_name}/{name}" for name in leading_back]
             if not found:
                 empty.append(class_name)
                 if self.only is None:
@@ -101,13 +104,14 @@ class ImageFolder:
                 "put the pictures into one folder a class"
             )
         left_out += [f"{others} files with other extensions than {', '.join(EXTENSIONS)}"] if others else []
+        left_out += [f"link {name}, which leads back to a folder that it is in" for name in loops]
         left_out += [f"class folder {class_name}, without pictures" for class_name in empty]
         return Listing(tuple(classes), names, np.array(labels, dtype=np.int32), left_out)
 
     def read(self, name: str, place: None = None) -> Picture:
         """Read a file; see `stored_picture`."""
         del place
-        return stored_picture((self.folder / name).read_bytes(), self.resize)
+        return stored_picture(read_file(self.folder / name), self.resize)
 
 
 class Digits:
@@ -142,17 +146,48 @@ def sample_key(name: str) -> str:
     return f"{readable}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:10]}"
 
 
-def _pictures_below(folder: Path) -> tuple[list[str], int]:
-    """Return the sorted paths of a folder's pictures below it, and the number of other files."""
-    found, others = [], 0
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is something else: a pipe or a device may have no end.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:  # not to wait for a pipe
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is no regular file")
+        return file.readall()
+
+
+def _pictures_below(folder: Path) -> tuple[list[str], int, list[str]]:
+    """Return the sorted paths of a folder's pictures below it, the number of other files, and links that lead back.
+
+    Raises:
+        OSError: a folder cannot be read; its pictures would be missing without a word.
+    """
+    found, others, loops = [], 0, []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        visible_folders = [name for name in folders if not name.startswith(".")]
+        back = [name for name in visible_folders if _leads_back(folder, Path(parent, name))]
+        loops += [Path(parent, name).relative_to(folder).as_posix() for name in back]
+        folders[:] = [name for name in visible_folders if name not in back]
         visible = [file for file in files if not file.startswith(".")]
         taken = [file for file in visible if file.lower().endswith(EXTENSIONS)]
         others += len(visible) - len(taken)
         below = Path(parent).relative_to(folder)
         found += [(below / file).as_posix() for file in taken] if below.parts else taken
-    return sorted(found), others
+    return sorted(found), others, sorted(loops)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _leads_back(folder: Path, path: Path) -> bool:
+    """Say whether a path below a folder is a link to what it is in: followed, it would give the same pictures again."""
+    if not path.is_symlink():
+        return False
+    target, trail = path.resolve(), [path.parent, *path.parent.parents]
+    return any(parent.resolve().is_relative_to(target) for parent in trail if parent.is_relative_to(folder))
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from hdscale.data.classes import choose_classes
 from hdscale.data.names import PackedNames
 from hdscale.data.sources import EXTENSIONS, Listing
 from hdscale.data.storing import Picture, Resize, stored_picture
+from hdscale.data.tar import shown
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def members(path: Path, start: int, end: int) -> Iterator[Member]:
             # "r:": a compressed tar has no offsets to read at
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
                 for member in tar:
+                    if member.size < 0:
+                        raise CutTar(f"the size of {member.name!r} is negative")  # tarfile would go round in circles
                     if member.offset_data + (member.size if member.isreg() else 0) > end:
                         raise CutTar(f"it ends inside {member.name!r}")
                     yield Member(member.name, member.offset_data, member.size, member.isreg() and not member.issparse())
@@ -65,8 +68,11 @@ def members(path: Path, start: int, end: int) -> Iterator[Member]:
                 mark = tarfile.NUL * tarfile.BLOCKSIZE
                 if tar.offset + len(mark) > end or file.read(len(mark)) != mark:
                     raise CutTar("it has no end mark")
-        except tarfile.TarError as error:
-            raise CutTar(str(error)) from None
+        except CutTar:
+            raise
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+            # tarfile believes what headers say: numbers that are none, names of exabytes, headers of headers of headers
+            raise CutTar(shown(str(error) or type(error).__name__)) from None
 
 
 class SynsetTars:

@@ -180,7 +180,7 @@ class TarReader:
                 yield member
             position = offset + -(-size // BLOCK) * BLOCK
         padded = -(-(position + 2 * BLOCK) // _RECORD) * _RECORD
-        if self.size > padded:
+        if self.size > padded or self.read(position, self.size - position).strip(b"\0"):
             raise TrailingData(
                 f"has {self.size - position} bytes behind the end of its archive, at byte {position}: "
                 "members there (of tars put together with cat) are not read"

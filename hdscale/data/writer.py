@@ -7,6 +7,7 @@ index and the manifest come last. The same source and settings give the same byt
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 import zlib
@@ -90,10 +91,10 @@ def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) ->
     Raises:
         UserError: the folder holds something else, cannot be written to, or a picture cannot be read.
     """
-    if _is_complete(job):
-        progress(len(job.names))
-        return read_manifest(job.output, job.split)
     with _explained(job.output):
+        if _is_complete(job):
+            progress(len(job.names))
+            return read_manifest(job.output, job.split)
         _begin(job)
         _write_shards(_tasks(job), workers, progress)
         return _finish(job)
@@ -105,10 +106,10 @@ def write_part(job: SplitJob, part: Part, workers: int, progress: Callable[[int]
     Raises:
         UserError: as `write_split`, or the split was begun in another number of parts.
     """
-    if _is_complete(job):
-        progress(part_samples(job, part))
-        return
     with _explained(job.output):
+        if _is_complete(job):
+            progress(part_samples(job, part))
+            return
         _begin(job)
         _note_parts(job, part.total)
         _write_shards(_tasks(job, part), workers, progress)
@@ -120,9 +121,9 @@ def finish_split(job: SplitJob) -> Manifest:
     Raises:
         UserError: shards are missing, or were made from something else.
     """
-    if _is_complete(job):
-        return read_manifest(job.output, job.split)
     with _explained(job.output):
+        if _is_complete(job):
+            return read_manifest(job.output, job.split)
         if not _making_folder(job.output, job.split).is_dir():
             raise UserError(f"--finish: {job.output} has no part of split {job.split}: run --part 1/n ... n/n first")
         _refuse_other_settings(job, _begun_with(job))
@@ -167,7 +168,8 @@ def _is_complete(job: SplitJob) -> bool:
 def _begin(job: SplitJob) -> None:
     """Create the folders, or check that an interrupted run or another machine was writing the same split."""
     making = _making_folder(job.output, job.split)
-    foreign = next(job.output.glob(f"{job.split}-[0-9]*.tar"), None)
+    tars = job.output.glob(f"{job.split}-[0-9]*.tar")
+    foreign = next((path for path in tars if re.fullmatch(r"[0-9]+", path.stem.removeprefix(f"{job.split}-"))), None)
     if not making.is_dir():  # asked after the glob: another machine makes this folder before its first shard
         if foreign is not None:
             raise UserError(
@@ -214,6 +216,11 @@ def _refuse_missing_shards(job: SplitJob) -> None:
 
 
 def _refuse_other_settings(job: SplitJob, before: dict[str, Any]) -> None:
+    if before.get("tool") != job.made_by.get("tool"):
+        raise UserError(
+            f"{job.output} holds the split {job.split} of {before.get('tool')} already: choose another --output or "
+            "--split"
+        )
     for name in before | job.made_by:
         old, new = before.get(name), job.made_by.get(name)
         if old != new:
@@ -269,7 +276,7 @@ def _write_shard(task: _ShardTask) -> int:
                 try:
                     picture = _read(task.source, name, place)
                 except BadPicture as error:
-                    skipped.append(Skipped(name, str(error)))
+                    skipped.append(Skipped(_as_text(name), str(error)))
                     continue
                 tar.write({"__key__": sample_key(name), picture.extension: picture.data, "cls": str(label).encode()})
                 records.append((len(picture.data), picture.width, picture.height, zlib.crc32(picture.data)))
@@ -294,9 +301,14 @@ def _read(source: Source, name: str, place: np.void | None) -> Picture:
         return source.read(name, place)
     except OSError as error:
         raise UserError(
-            f"{name} cannot be read ({error.strerror or error}): mend or remove it and run again; "
-            "finished shards are kept"
+            f"{name} cannot be read ({error.strerror or error}): mend it and run again, finished shards are kept; "
+            "an empty file in its place is left out and listed, but without it the shards would be others"
         ) from error
+
+
+def _as_text(name: str) -> str:
+    """Return a name as the manifest may hold it: bytes that are no UTF-8 as escapes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _picture_offsets(path: Path) -> Iterator[int]:

@@ -14,9 +14,9 @@ from hdscale.engine.ranks import distributed
 from hdscale.engine.run_folder import mark_done
 from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
-from hdscale.masking.progressive import expected_num_keep
+from hdscale.masking.progressive import expected_num_keep, patches_by_block
 from hdscale.masking.store import MaskStore
-from hdscale.planning.flops import ViTSizes, hybrid_step_flops
+from hdscale.planning.flops import DecoderSizes, HeadSizes, ViTSizes, hybrid_step_flops
 from hdscale.student.build import student_grid_size
 from hdscale.teachers.build import build_teacher, mask_stages
 from hdscale.teachers.pair import TeacherPair, masks_are_online
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
     from hdscale.data.samples import KeepIndices
+    from hdscale.distiller import Distiller
     from hdscale.engine.assembly import Run
     from hdscale.engine.engines import Engine
     from hdscale.engine.ranks import Ranks
@@ -138,10 +139,11 @@ def start_session(
         seed=recipe.run.seed,
         feature_dim=None if teachers.feature is None else teachers.feature.target_dim,
         relation_heads=None if teachers.relation is None else teachers.relation.num_heads,
+        relation_dim=None if teachers.relation is None else teachers.relation.embed_dim,
         teacher_has_cls=teachers.relation is not None and teachers.relation.has_cls,
         checkpoint_fn=checkpoint_function(ds_config),
     )
-    run = run._replace(flops_per_image=_flops_per_image(recipe, distiller.student, teachers))
+    run = run._replace(flops_per_image=_flops_per_image(recipe, distiller, teachers))
     with distributed() as ranks:
         configure_checkpointing(ds_config, ranks.world_size)
         # The student's engine first: a teacher's process groups must not become its own.
@@ -155,14 +157,25 @@ def start_session(
             seed=recipe.run.seed,
             num_patches=grid_size**2,
             cls_in_relation=distiller.cls_in_relation,
+            features_on=recipe.loss.features_on,
         )
         yield Session(run, ranks, engine, pair, hosted, None if store is None else store.keep_indices)
 
 
-def _flops_per_image(recipe: Recipe, student: Student, teachers: Teachers) -> int:
-    mask, patches = recipe.mask, student.grid_size**2
+def _flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> int:
+    student, mask = distiller.student, recipe.mask
+    patches = student.grid_size**2
     depth = teachers.relation.depth if teachers.relation is not None else 0
     is_projected = recipe.feature_teacher is not None and recipe.feature_teacher.target == "projected"
+    decoder = None
+    if distiller.decoder is not None:
+        decoder = DecoderSizes(len(distiller.decoder.blocks), distiller.decoder.decoder_dim)
+    head = HeadSizes(
+        recipe.loss.features_on,
+        recipe.student.mask_tokens,
+        linear=recipe.student.decoder != "identity",
+        decoder=decoder,
+    )
     mask_blocks = 0
     if masks_are_online(mask):
         stages = mask_stages(mask, depth)
@@ -174,8 +187,10 @@ def _flops_per_image(recipe: Recipe, student: Student, teachers: Teachers) -> in
         expected_num_keep(mask, patches, depth),
         recipe.relation.layers,
         mask_blocks,
-        linear_head=recipe.student.decoder == "linear",
+        head=head,
         projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
+        relation_target=recipe.relation.target,
+        block_patches=patches_by_block(mask, patches, depth),
     )
 
 
@@ -201,6 +216,7 @@ def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
             role="relation",
             grid_size=grid_size,
             relation_layers=recipe.relation.layers,
+            layer_output=recipe.relation.target,
             mask=recipe.mask if masks_are_online(recipe.mask) else None,
             field="relation_teacher",
         )

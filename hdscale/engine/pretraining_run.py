@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hdscale.cli import EXIT_DONE
+from hdscale.data.labels import require_labels
 from hdscale.engine.assembly import identify, plan_run, start_engine, train_run
 from hdscale.engine.checkpoint import require_checkpoint
 from hdscale.engine.ranks import distributed
 from hdscale.engine.run_folder import mark_done
+from hdscale.errors import UserError
 from hdscale.export import export_student
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
 from hdscale.student.build import build_student
@@ -43,6 +45,8 @@ def pretrain(
         stream: where the first rank shows progress.
     """
     run = identify(plan_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
+    if method == "supervised":
+        require_labels(run.shards, "--method supervised")
     module, prepare = _build(recipe, method, len(run.shards.classes))
     with distributed() as ranks:
         engine = start_engine(run, module, ranks)
@@ -56,6 +60,8 @@ def pretrain(
 
 def _build(recipe: Recipe, method: str, num_classes: int) -> tuple[nn.Module, Callable[[Batch], tuple[Any, ...]]]:
     seed = recipe.run.seed
+    if recipe.student.mask_tokens == "encoder":
+        raise UserError(f"student.mask_tokens must be none for method {method}, got encoder: it has masks of its own")
     encoder = build_student(recipe.student, recipe.data.img_size, seed=seed)
     if method == "supervised":
         classifier = SupervisedClassifier(encoder, num_classes, recipe.pretrain, seed=seed)

@@ -48,7 +48,7 @@ def attention_curves(
         with torch.no_grad():
             output = encode(images)
         attention = [
-            attention_from_qk(query, key, num_prefix_tokens)
+            attention_from_qk(query, key, num_prefix_tokens, output.attention_bias)
             for query, key in zip(output.queries, output.keys, strict=True)
         ]
         distances.append(_layer_means([head_distance(a, grid_size, patch_size) for a in attention]) * len(images))

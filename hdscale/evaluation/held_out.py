@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hdscale.data.index import open_shards
+from hdscale.data.labels import require_labels
 from hdscale.data.loader import SequentialLoader
 from hdscale.data.manifest import manifest_path
 from hdscale.errors import UserError
@@ -36,7 +37,7 @@ def open_held_out(data: DataConfig, evaluation: EvaluationConfig, *, train_sampl
         train_samples: take only the first so many training samples (shards are shuffled when they are made).
 
     Raises:
-        UserError: no held-out split, or it is the one that is trained on.
+        UserError: no held-out split, it is the one that is trained on, or there are samples without labels.
     """
     folder = Path(data.shards)
     if evaluation.split == data.split:
@@ -51,6 +52,8 @@ def open_held_out(data: DataConfig, evaluation: EvaluationConfig, *, train_sampl
             "with data_tools/make_shards.py --val-fraction 0.1, or name another split in evaluation.split"
         )
     val = open_shards(folder, evaluation.split)
+    for shards in (train, val):
+        require_labels(shards, "k-NN")
     num_train = min(train.num_samples, train_samples or train.num_samples)
     return HeldOut(
         _loader(train, data, num_train), _loader(val, data, val.num_samples), num_train, val.num_samples, data.img_size

@@ -45,6 +45,8 @@ def mask_fingerprint(
         parts["mask.stage_keep_ratio"] = mask.stage_keep_ratio
         parts["mask.layers"] = stage_layers(depth, mask.layers)
         parts["mask.at"] = mask.at
+        if mask.in_teacher != "full":  # stores that are older than this field know no other
+            parts["mask.in_teacher"] = mask.in_teacher
     else:
         parts["mask.keep_ratio"] = mask.keep_ratio
     parts.update({f"view {name}": value for name, value in view_fingerprint.items()})

@@ -49,8 +49,13 @@ def progressive_keep_indices(stage_tokens: Sequence[Tensor], keep_ratio: float) 
     kept = torch.arange(first.shape[1], device=first.device).expand(first.shape[0], -1)  # (B, N)
     for tokens in stage_tokens:
         remaining = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        kept = kept.gather(1, keep_least_redundant(remaining, num_kept(kept.shape[1], keep_ratio)))
+        kept = kept.gather(1, keep_share(remaining, keep_ratio))
     return kept
+
+
+def keep_share(patch_tokens: Tensor, keep_ratio: float) -> Tensor:
+    """Keep a share of the tokens (B, N, T), those least similar to the mean of all: (B, K) int64, ascending."""
+    return keep_least_redundant(patch_tokens, num_kept(patch_tokens.shape[1], keep_ratio))
 
 
 def stage_layers(depth: int, layers: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -67,6 +72,26 @@ def stage_layers(depth: int, layers: Sequence[int] | None = None) -> tuple[int, 
             f"got {list(layers)}: leave it out for [0, {depth // 3}, {2 * depth // 3}]"
         )
     return tuple(layers)
+
+
+def patches_by_block(mask: MaskConfig, num_patches: int, depth: int) -> list[int] | None:
+    """Return how many patches each block of the relation teacher runs on; None for a teacher that drops none.
+
+    Args:
+        mask: the recipe's section.
+        num_patches: N.
+        depth: blocks of the relation teacher.
+    """
+    if mask.in_teacher != "drop":
+        return None
+    counts, stages = [], stage_layers(depth, mask.layers)
+    for block in range(depth):
+        if mask.at == "input" and block in stages:
+            num_patches = num_kept(num_patches, mask.stage_keep_ratio)
+        counts.append(num_patches)
+        if mask.at == "output" and block in stages:
+            num_patches = num_kept(num_patches, mask.stage_keep_ratio)
+    return counts
 
 
 def expected_num_keep(mask: MaskConfig, num_patches: int, depth: int) -> int | None:

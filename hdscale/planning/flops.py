@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,23 @@ class ViTSizes(NamedTuple):
     patch_size: int  # pixels
     num_prefix_tokens: int = 1
     mlp_ratio: float = 4.0
+
+
+class DecoderSizes(NamedTuple):
+    """The blocks between student and head; a Linear stands before them where the width is not the student's."""
+
+    depth: int
+    embed_dim: int
+    mlp_ratio: float = 4.0
+
+
+class HeadSizes(NamedTuple):
+    """What predicts the feature teacher's tokens, and at which patches: the recipe's settings of these names."""
+
+    features_on: Literal["kept", "hidden", "all"] = "kept"
+    mask_tokens: Literal["none", "encoder", "decoder"] = "none"
+    linear: bool = True
+    decoder: DecoderSizes | None = None
 
 
 def block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float = 4.0) -> int:
@@ -42,40 +59,61 @@ def vit_forward_flops(vit: ViTSizes, num_keep: int | None = None) -> int:
 
 
 def student_step_flops(
-    vit: ViTSizes, num_keep: int | None = None, teacher_dim: int = 0, relations: int = 0, recomputed_blocks: int = 0
+    vit: ViTSizes,
+    num_keep: int | None = None,
+    teacher_dim: int = 0,
+    relations: int = 0,
+    recomputed_blocks: int = 0,
+    layer_head_dims: Sequence[int] = (),
+    head: HeadSizes = HeadSizes(),  # noqa: B008 - immutable
 ) -> int:
     """FLOPs of the student's forward and backward on one image: 3 forwards, but none back into the image.
 
     Args:
         vit: the student.
         num_keep: K, or None for all patches.
-        teacher_dim: T, of the linear head onto the feature teacher's width; 0: no such head.
+        teacher_dim: T, the feature teacher's width; 0: no feature teacher, and then no decoder either.
         relations: layers whose QK^T is computed for the relation loss.
         recomputed_blocks: blocks run again in the backward pass by activation checkpointing. Leave them out of
             utilisation figures: the work is not the model's.
+        layer_head_dims: of the Linears behind relation layers, where these are compared token by token.
+        head: what predicts the feature teacher's tokens.
     """
-    num_tokens, patches = _num_tokens(vit, num_keep), _num_tokens(vit, num_keep) - vit.num_prefix_tokens
+    num_tokens = _num_tokens(vit, None if head.mask_tokens == "encoder" else num_keep)
     blocks = (3 * vit.depth + recomputed_blocks) * block_flops(num_tokens, vit.embed_dim, vit.mlp_ratio)
-    head = 2 * patches * vit.embed_dim * teacher_dim
-    return 2 * embed_flops(vit) + blocks + 3 * head + 3 * relations * _relation_flops(vit, num_tokens)
+    relation = relations * _relation_flops(vit, _num_tokens(vit, num_keep))
+    layer_heads = 2 * _num_tokens(vit, num_keep) * vit.embed_dim * sum(layer_head_dims)
+    predict = _head_flops(vit, num_keep, num_tokens, teacher_dim, head) if teacher_dim else 0
+    return 2 * embed_flops(vit) + blocks + 3 * (predict + layer_heads + relation)
 
 
 def relation_teacher_flops(
-    vit: ViTSizes, num_keep: int | None = None, relation_layers: Sequence[int] = (-3, -2), mask_blocks: int = 0
+    vit: ViTSizes,
+    num_keep: int | None = None,
+    relation_layers: Sequence[int] = (-3, -2),
+    mask_blocks: int = 0,
+    *,
+    target: Literal["relation", "attention", "features"] = "relation",
+    block_patches: Sequence[int] | None = None,
 ) -> int:
-    """FLOPs of the relation teacher's forward on one image, pruned after the query and key of the last layer used.
+    """FLOPs of the relation teacher's forward on one image, pruned after what the last layer used gives.
 
     Args:
         vit: the teacher, which sees all patches.
         num_keep: K tokens whose relations are taken, or None for all.
         relation_layers: blocks, negative from the end; empty when the teacher only makes masks.
         mask_blocks: blocks that masks made online need whole: the last mask layer's number plus one.
+        target: the recipe's `relation.target`; for tokens, the last layer runs whole.
+        block_patches: patches that each block runs on, where the teacher drops some on its way; None: all.
     """
-    num_tokens, dim = _num_tokens(vit), vit.embed_dim
-    whole_blocks = max((layer % vit.depth for layer in relation_layers), default=0)
-    query_key = 2 * num_tokens * dim * 2 * dim if relation_layers and whole_blocks >= mask_blocks else 0
-    blocks = max(whole_blocks, mask_blocks) * block_flops(num_tokens, dim, vit.mlp_ratio)
-    relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
+    dim, with_qk = vit.embed_dim, target == "relation"
+    tokens = [_num_tokens(vit, patches) for patches in block_patches or [vit.num_patches] * vit.depth]
+    whole_blocks = max((layer % vit.depth + (not with_qk) for layer in relation_layers), default=0)
+    query_key = relations = 0
+    if relation_layers and with_qk:
+        query_key = 2 * tokens[whole_blocks] * dim * 2 * dim if whole_blocks >= mask_blocks else 0
+        relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
+    blocks = sum(block_flops(count, dim, vit.mlp_ratio) for count in tokens[: max(whole_blocks, mask_blocks)])
     return embed_flops(vit) + blocks + query_key + relations
 
 
@@ -84,7 +122,7 @@ def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_
 
     Args:
         vit: the teacher, which sees all patches.
-        num_keep: K tokens whose features are taken, or None for all: then nothing is pruned.
+        num_keep: patches whose features are taken, or None for all: then nothing is pruned.
         projected_dim: width of CLIP's projection, where the target is projected.
     """
     num_tokens, dim = _num_tokens(vit), vit.embed_dim
@@ -107,8 +145,10 @@ def hybrid_step_flops(
     relation_layers: Sequence[int] = (-3, -2),
     mask_blocks: int = 0,
     *,
-    linear_head: bool = True,
+    head: HeadSizes = HeadSizes(),  # noqa: B008 - immutable
     projected_dim: int = 0,
+    relation_target: Literal["relation", "attention", "features"] = "relation",
+    block_patches: Sequence[int] | None = None,
 ) -> int:
     """FLOPs of one training step an image (Eq. 1): student forward and backward, each teacher once.
 
@@ -119,16 +159,30 @@ def hybrid_step_flops(
         num_keep: K, or None for all patches.
         relation_layers: blocks, negative from the end.
         mask_blocks: as in `relation_teacher_flops`; 0 when masks come from the store.
-        linear_head: the student has a Linear onto the feature target's width.
+        head: what predicts the feature teacher's tokens.
         projected_dim: as in `feature_teacher_flops`.
+        relation_target: as in `relation_teacher_flops`.
+        block_patches: as in `relation_teacher_flops`.
     """
-    relations = len(relation_layers) if relation_teacher else 0
-    target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher and linear_head else 0
-    total = student_step_flops(student, num_keep, target_dim, relations)
+    with_qk = relation_target == "relation"
+    relations = len(relation_layers) if relation_teacher and with_qk else 0
+    layer_head_dims = []
+    if relation_teacher and not with_qk and relation_teacher.embed_dim != student.embed_dim:
+        layer_head_dims = [relation_teacher.embed_dim] * len(relation_layers)
+    target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher else 0
+    total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims, head=head)
     if feature_teacher:
-        total += feature_teacher_flops(feature_teacher, num_keep, projected_dim)
+        asked = None if num_keep is None or head.features_on == "all" else _num_compared(student, num_keep, head)
+        total += feature_teacher_flops(feature_teacher, asked, projected_dim)
     if relation_teacher:
-        total += relation_teacher_flops(relation_teacher, num_keep, relation_layers, mask_blocks)
+        total += relation_teacher_flops(
+            relation_teacher,
+            num_keep,
+            relation_layers,
+            mask_blocks,
+            target=relation_target,
+            block_patches=block_patches,
+        )
     return total
 
 
@@ -179,6 +233,24 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 def _num_tokens(vit: ViTSizes, num_keep: int | None = None) -> int:
     return vit.num_prefix_tokens + (vit.num_patches if num_keep is None else num_keep)
+
+
+def _num_compared(vit: ViTSizes, num_keep: int | None, head: HeadSizes) -> int:
+    if num_keep is None or head.features_on == "all":
+        return vit.num_patches
+    return num_keep if head.features_on == "kept" else vit.num_patches - num_keep
+
+
+def _head_flops(vit: ViTSizes, num_keep: int | None, num_tokens: int, teacher_dim: int, head: HeadSizes) -> int:
+    """FLOPs of decoder and Linear, forward; `num_tokens` come out of the student."""
+    flops, dim, decoder = 0, vit.embed_dim, head.decoder
+    if decoder is not None:
+        if decoder.embed_dim != dim:
+            flops += 2 * num_tokens * dim * decoder.embed_dim
+        dim = decoder.embed_dim
+        decoded = num_tokens if head.mask_tokens == "none" else _num_tokens(vit)
+        flops += decoder.depth * block_flops(decoded, dim, decoder.mlp_ratio)
+    return flops + head.linear * 2 * _num_compared(vit, num_keep, head) * dim * teacher_dim
 
 
 def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import StudentConfig
     from hdscale.types import ViTOutput
+    from hdscale.vit.encoder import LayerOutput
 
 STATE_PREFIX = "encoder.model."
 """What timm's parameter names are prefixed with in a student's state dict."""
 
 
 class Student(nn.Module):
-    """A ViT with its preprocessing: uint8 images in, final patch tokens and the relation layers' Q and K out."""
+    """A ViT with its preprocessing: uint8 images in, final patch tokens and what the relation layers give out."""
 
     def __init__(self, encoder: ViTEncoder, preprocess: Preprocess) -> None:
         super().__init__()
@@ -59,16 +61,18 @@ def build_student(
     *,
     seed: int,
     relation_layers: Sequence[int] = (),
+    layer_output: LayerOutput = "relation",
     checkpoint_every: int | None = None,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Student:
-    """Build a student with random weights and MAE's fixed position embedding.
+    """Build a student with random weights and, unless `pos_embed` is none, MAE's fixed position embedding.
 
     Args:
         config: the recipe's section.
         img_size: side of the views in pixels.
         seed: of the weights; the caller's random state is left alone.
-        relation_layers: blocks whose Q and K are given, 0-indexed, negative from the end.
+        relation_layers: blocks that give `layer_output`, 0-indexed, negative from the end.
+        layer_output: see `ViTEncoder`; the recipe's `relation.target`.
         checkpoint_every: recompute every n-th block in the backward pass; left out: the section's.
         checkpoint_fn: see `ViTEncoder`.
 
@@ -82,25 +86,37 @@ def build_student(
     embedding = sincos_position_embedding(model.embed_dim, model.patch_embed.grid_size[0], num_prefix)
     # A buffer of the same name: it is never trained, and the state dict still fits timm's model.
     del model.pos_embed
-    model.register_buffer("pos_embed", embedding)
+    model.register_buffer("pos_embed", embedding if config.pos_embed == "sincos" else torch.zeros_like(embedding))
+    mask_token = None
+    if config.mask_tokens == "encoder":
+        mask_token = nn.Parameter(
+            0.02 * torch.randn(1, 1, model.embed_dim, generator=torch.Generator().manual_seed(seed))
+        )
     encoder = ViTEncoder(
         model,
         relation_layers=relation_layers,
+        layer_output=layer_output,
         checkpoint_every=config.checkpoint_every if checkpoint_every is None else checkpoint_every,
         checkpoint_fn=checkpoint_fn,
+        mask_token=mask_token,
     )
     return Student(encoder, Preprocess(img_size, config.mean, config.std))
 
 
 def student_arch(config: StudentConfig, img_size: int) -> dict[str, Any]:
-    """Return the arguments with which `timm.create_model` builds the student's ViT for its exported weights.
+    """Return the arguments with which `create_vit` builds the student's ViT for its weights.
 
-    Drop-path is left out: it is a setting of training, not of the weights.
+    They are `timm.create_model`'s, and `rel_pos_bias` for a student with one. Drop-path is left out: it is a setting of
+    training, not of the weights.
     """
     arch: dict[str, Any] = {"model_name": config.model, "img_size": img_size, "num_classes": 0}
     sizes = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     arch.update({name: value for name, value in sizes.items() if value is not None})
-    if _has_layer_scale(config.model):
+    if config.rel_pos_bias:
+        arch["rel_pos_bias"] = True
+    if config.layer_scale is not None:
+        arch["init_values"] = config.layer_scale
+    elif _has_layer_scale(config.model):
         arch["init_values"] = 0.0  # timm reads 0 as none (MAE's ViT has none); a None would mean the named model's
     return arch
 
@@ -117,6 +133,7 @@ def student_grid_size(config: StudentConfig, img_size: int) -> int:
     return int(model.patch_embed.grid_size[0])
 
 
+@functools.cache
 def _has_layer_scale(name: str) -> bool:
     if not timm.is_model(name):
         return False  # create_vit says so

@@ -39,8 +39,23 @@ class FeatureHead(nn.Module):
         return self.proj(tokens)
 
 
+def build_layer_heads(num_layers: int, embed_dim: int, target_dim: int, *, seed: int) -> nn.ModuleList | None:
+    """Build a Linear from student to teacher width for each of several layers; None where the widths are equal."""
+    if embed_dim == target_dim:
+        return None
+    # Seeds of their own: equal heads would be trained from the same place.
+    heads = [FeatureHead(embed_dim, target_dim, linear=True, seed=seed + 1 + layer) for layer in range(num_layers)]
+    return nn.ModuleList(heads)
+
+
 def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: int) -> FeatureHead:
-    """Build the head that `student.decoder` names.
+    """Build the head that `student.decoder` names; of a transformer decoder, the Linear behind its blocks.
+
+    Args:
+        config: the recipe's section.
+        embed_dim: width of what comes in: the student's, or its decoder's.
+        target_dim: width of the feature teacher's tokens.
+        seed: of the weights.
 
     Raises:
         UserError: `identity` between different widths.
@@ -50,4 +65,4 @@ def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: 
             f"student.decoder identity needs equal widths, the student has {embed_dim} and the feature teacher "
             f"{target_dim}; set student.decoder=linear"
         )
-    return FeatureHead(embed_dim, target_dim, linear=config.decoder == "linear", seed=seed)
+    return FeatureHead(embed_dim, target_dim, linear=config.decoder != "identity", seed=seed)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from hdscale.errors import UserError
-from hdscale.masking.progressive import stage_layers
+from hdscale.masking.progressive import keep_share, stage_layers
 from hdscale.teachers.sources import load_source
 from hdscale.teachers.weights import weights_digest
-from hdscale.vit.build import num_heads, patch_size, weight_dtype
+from hdscale.vit.build import img_size, num_heads, patch_size, weight_dtype
 from hdscale.vit.encoder import ViTEncoder
 from hdscale.vit.preprocess import Preprocess
+from hdscale.vit.rel_pos import resize_rel_pos_bias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
     from hdscale.config.recipe import MaskConfig, TeacherConfig
     from hdscale.types import ViTOutput
+    from hdscale.vit.build import ViT
+    from hdscale.vit.encoder import LayerOutput
 
 
 class FrozenTeacher(nn.Module):
@@ -75,6 +78,7 @@ def build_teacher(
     role: Literal["feature", "relation"] | None = None,
     grid_size: int | None = None,
     relation_layers: Sequence[int] = (),
+    layer_output: LayerOutput = "relation",
     mask: MaskConfig | None = None,
     field: str = "feature_teacher",
 ) -> FrozenTeacher:
@@ -82,10 +86,11 @@ def build_teacher(
 
     Args:
         config: the recipe's section.
-        role: `feature` gives final tokens, `relation` gives Q, K and stage tokens and no final tokens. None: both,
-            nothing pruned.
+        role: `feature` gives final tokens, `relation` gives what relation and mask layers say and no final tokens.
+            None: both, nothing pruned.
         grid_size: the student's; None: the teacher's own at `config.img_size` or its native input size.
-        relation_layers: blocks whose Q and K are given, 0-indexed, negative from the end.
+        relation_layers: blocks that give `layer_output`, 0-indexed, negative from the end.
+        layer_output: see `ViTEncoder`; the recipe's `relation.target`.
         mask: the recipe's section, to get the tokens by which the mask's strategy chooses; None: no such tokens.
         field: the section's name, for messages.
 
@@ -99,14 +104,15 @@ def build_teacher(
     encoder = ViTEncoder(
         model,
         relation_layers=relation_layers,
+        layer_output=layer_output,
         stage_layers=stages.layers,
         stage_at=stages.at,
         final=None if role == "relation" else config.target,
         tokens="full",
         prune=role is not None,
+        drop=partial(keep_share, keep_ratio=mask.stage_keep_ratio) if mask and mask.in_teacher == "drop" else None,
     )
-    img_size = int(model.patch_embed.img_size[0])
-    return FrozenTeacher(encoder, Preprocess(img_size, mean, std), depth=depth, digest=digest)
+    return FrozenTeacher(encoder, Preprocess(img_size(model), mean, std), depth=depth, digest=digest)
 
 
 class MaskStages(NamedTuple):
@@ -127,11 +133,11 @@ def mask_stages(mask: MaskConfig, depth: int) -> MaskStages:
     return MaskStages((depth - 1,) if mask.strategy == "direct" else (), "output")
 
 
-def _set_input_size(model: VisionTransformer, config: TeacherConfig, grid_size: int | None, field: str) -> None:
+def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, field: str) -> None:
     """Choose the input so that the teacher's patches are the student's; position embeddings are interpolated."""
     side = patch_size(model)
     if grid_size is None:
-        wanted = config.img_size or int(model.patch_embed.img_size[0])
+        wanted = config.img_size or img_size(model)
         if wanted % side:
             raise UserError(f"{field}.img_size must be a multiple of the patch size {side}, got {wanted}")
     else:
@@ -142,3 +148,4 @@ def _set_input_size(model: VisionTransformer, config: TeacherConfig, grid_size: 
                 f"{grid_size} x {grid_size}, got {wanted}; or leave it out"
             )
     model.set_input_size((wanted, wanted))
+    resize_rel_pos_bias(model)

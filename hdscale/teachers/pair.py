@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.types import Targets
-from hdscale.vit.tokens import relation_tokens, take_rows, token_rows
+from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +38,7 @@ class TeacherPair:
         seed: int,
         num_patches: int,
         cls_in_relation: bool,
+        features_on: Literal["kept", "hidden", "all"] = "kept",
     ) -> None:
         """Take built teachers.
 
@@ -49,6 +50,7 @@ class TeacherPair:
             seed: of random masks.
             num_patches: N.
             cls_in_relation: relations have the class token's row and column first.
+            features_on: the patches whose features are given, as `loss.features_on`.
         """
         self.feature = feature
         self.relation = relation
@@ -57,9 +59,10 @@ class TeacherPair:
         self.seed = seed
         self.num_patches = num_patches
         self.cls_in_relation = cls_in_relation
+        self.features_on = features_on
 
     def __call__(self, batch: Batch) -> Targets:
-        """Choose the kept patches and return the teachers' view of them."""
+        """Choose the kept patches and return what the teachers say of them."""
         with torch.no_grad():
             if masks_are_online(self.mask_config):
                 keep_indices, relations = self._masks_and_relations(batch.images)
@@ -68,8 +71,13 @@ class TeacherPair:
                 relations = self._relations(batch.images, keep_indices)
             features = None
             if self.feature is not None:
-                features = self.feature(batch.images, keep_indices).patch_tokens
+                features = self.feature(batch.images, self._feature_indices(keep_indices)).patch_tokens
             return Targets(keep_indices, features, relations)
+
+    def _feature_indices(self, keep_indices: Tensor | None) -> Tensor | None:
+        if keep_indices is None or self.features_on == "all":
+            return None
+        return keep_indices if self.features_on == "kept" else other_indices(keep_indices, self.num_patches)
 
     def _given_indices(self, batch: Batch) -> Tensor | None:
         mask = self.mask_config
@@ -96,16 +104,17 @@ class TeacherPair:
         for output, size in grouped_forward(self.relation, images, self.mask_config.images_per_forward):
             keep_indices = choose_keep_indices(output, self.mask_config)
             kept.append(keep_indices[:size])
-            output = _at_patches(output, keep_indices, self.num_patches)
+            if output.keep_indices is None:
+                output = _at_patches(output, keep_indices, self.num_patches)
             relations.append([layer[:size] for layer in self._related(output, keep_indices.shape[1])])
         return torch.cat(kept), tuple(torch.cat(layer) for layer in zip(*relations, strict=True))
 
     def _related(self, output: ViTOutput, num_patches: int) -> tuple[Tensor, ...]:
-        """Turn Q and K of prefix and `num_patches` patch tokens into relations, per layer (B, A or 1, S, S)."""
-        config = self.relation_config
-        relations = []
+        """Turn an output of `num_patches` patches into relations (B, A or 1, S, S) or tokens (B, S, T) by layer."""
+        config, cls = self.relation_config, self.cls_in_relation
+        relations = [relation_tokens(x, x.shape[1] - num_patches, cls=cls) for x in output.layer_tokens]
         for pair in zip(output.queries, output.keys, strict=True):
-            query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=self.cls_in_relation) for x in pair)
+            query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=cls) for x in pair)
             relations.append(token_relation(query, key, config.scale, config.heads))
         return tuple(relations)
 
@@ -123,7 +132,9 @@ def online_keep_indices(relation: Callable[..., ViTOutput], images: Tensor, mask
 
 
 def choose_keep_indices(output: ViTOutput, mask: MaskConfig) -> Tensor:
-    """Choose patches by the relation teacher's stage tokens (Eq. 4, or Table 8's direct mask): (B, K)."""
+    """Choose patches by the relation teacher's stage tokens (Eq. 4, or Table 8's direct mask), or as it did: (B, K)."""
+    if output.keep_indices is not None:
+        return output.keep_indices
     if mask.strategy == "progressive":
         return progressive_keep_indices(output.stage_tokens, mask.stage_keep_ratio)
     (tokens,) = output.stage_tokens
@@ -148,11 +159,10 @@ def grouped_forward(
 
 
 def _at_patches(output: ViTOutput, keep_indices: Tensor, num_patches: int) -> ViTOutput:
-    """Keep Q and K of prefix tokens and kept patches: (B, A, P + N, E) to (B, A, P + K, E)."""
-    if not output.queries:
+    """Keep what relation layers say of prefix tokens and kept patches: (..., P + N, E) to (..., P + K, E)."""
+    layers = {name: getattr(output, name) for name in ("queries", "keys", "layer_tokens")}
+    given = [tensor for tensors in layers.values() for tensor in tensors]
+    if not given:
         return output
-    rows = token_rows(keep_indices, output.queries[0].shape[2] - num_patches)
-    return output._replace(
-        queries=tuple(take_rows(query, rows) for query in output.queries),
-        keys=tuple(take_rows(key, rows) for key in output.keys),
-    )
+    rows = token_rows(keep_indices, given[0].shape[-2] - num_patches)
+    return output._replace(**{name: tuple(take_rows(x, rows) for x in tensors) for name, tensors in layers.items()})

@@ -6,15 +6,18 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from timm.layers.activations import QuickGELU
+
 from hdscale.errors import UserError
 from hdscale.teachers.files import load_teacher_file
+from hdscale.teachers.layouts import is_openai
 from hdscale.teachers.weights import fit_state, read_state
-from hdscale.vit.build import create_vit
+from hdscale.vit.beit import from_beit, is_beit
+from hdscale.vit.build import create_teacher_vit
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
     from hdscale.config.recipe import TeacherConfig
+    from hdscale.vit.build import ViT
 
 _RANDOM_SEED = 0  # `weights: random` gives the same teacher on every rank and in every launch
 
@@ -26,7 +29,7 @@ _POOLING_SETTINGS = {"patch_dropout", "pool_type", "final_ln_after_pool", "outpu
 class Source(NamedTuple):
     """A model at its native input size, and the normalisation it was trained with."""
 
-    model: VisionTransformer
+    model: ViT
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -52,10 +55,19 @@ def _from_timm(config: TeacherConfig, field: str) -> Source:
     elif "clip" not in config.name:
         raise UserError(f"{field}.target projected needs a CLIP model, got {config.name}; set it to norm")
     pretrained = config.weights == "pretrained"
-    model = create_vit(f"{field}.name", arch, pretrained=pretrained, seed=_RANDOM_SEED)
+    model = create_teacher_vit(f"{field}.name", arch, pretrained=pretrained, seed=_RANDOM_SEED)
+    openai = pretrained and config.name.endswith(".openai")
     if config.weights not in ("pretrained", "random"):
         where = f"{field}.weights"
-        fit_state(model, read_state(config.weights, where), source=f"{where}: {config.weights}")
+        state = read_state(config.weights, where)
+        fit_state(model, state, source=f"{where}: {config.weights}")
+        openai = is_openai(state)
+    block: Any = model.blocks[0]
+    if openai and not isinstance(block.mlp.act, QuickGELU):
+        raise UserError(
+            f"{field}.name: OpenAI trained CLIP with quick-GELU, {config.name} has another activation; "
+            "choose vit_*_clip_quickgelu_*, or source open_clip"
+        )
     about: Any = model.pretrained_cfg
     return Source(model, tuple(about["mean"]), tuple(about["std"]))
 
@@ -65,27 +77,33 @@ def _from_open_clip(config: TeacherConfig, field: str) -> Source:
 
     tower = _tower_config(config.name, field)
     about: Any = open_clip.pretrained.get_pretrained_cfg(config.name, config.weights)
-    default: Any = open_clip.constants
     path = None if config.weights == "random" else _open_clip_path(config, field, about)
-    arch = _tower_arch(tower, projected=config.target == "projected", quick_gelu=about.get("quick_gelu", False))
-    model = create_vit(f"{field}.name", arch, seed=_RANDOM_SEED)
-    if path is not None:
-        fit_state(model, read_state(path, f"{field}.weights"), source=f"{field}.weights: {path}")
-    mean = about.get("mean", default.OPENAI_DATASET_MEAN)
-    return Source(model, tuple(mean), tuple(about.get("std", default.OPENAI_DATASET_STD)))
+    state = None if path is None else read_state(path, f"{field}.weights")
+    projected = config.target == "projected"
+    if "timm_model_name" in tower["vision_cfg"]:
+        arch = _timm_tower_arch(tower, config, field)
+    else:
+        quick_gelu = about.get("quick_gelu", False) or (state is not None and is_openai(state))
+        arch = _tower_arch(tower, projected=projected, quick_gelu=quick_gelu)
+    model = create_teacher_vit(f"{field}.name", arch, seed=_RANDOM_SEED)
+    if state is not None:
+        fit_state(model, state, source=f"{field}.weights: {path}")
+    default: Any = model.pretrained_cfg  # CLIP's, and of other towers their own
+    return Source(model, tuple(about.get("mean", default["mean"])), tuple(about.get("std", default["std"])))
 
 
 def _from_file(config: TeacherConfig, field: str) -> Source:
     if config.target == "projected":
         raise UserError(f"{field}.target projected needs a CLIP model, got a file of hdscale's; set it to norm")
     file = load_teacher_file(config.weights, f"{field}.weights")
-    model = create_vit(f"{field}.weights: {config.weights}", file.arch)
-    fit_state(model, file.state, source=f"{field}.weights: {config.weights}")
+    arch, state = from_beit(file.arch, file.state) if is_beit(file.arch) else (file.arch, file.state)
+    model = create_teacher_vit(f"{field}.weights: {config.weights}", arch)
+    fit_state(model, state, source=f"{field}.weights: {config.weights}")
     return Source(model, file.mean, file.std)
 
 
 def _tower_config(name: str, field: str) -> dict[str, Any]:
-    """Return open_clip's configuration of a model whose vision tower timm's ViT can stand for."""
+    """Return open_clip's configuration of a model whose vision tower is a timm model or one can stand for it."""
     import open_clip
 
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
@@ -95,9 +113,7 @@ def _tower_config(name: str, field: str) -> dict[str, Any]:
         raise UserError(f"{field}.name must be an open_clip model, got {name}; {hint}")
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:
-        raise UserError(
-            f"{field}.name: the vision tower of {name} is timm's own {vision['timm_model_name']}; set source to timm"
-        )
+        return config
     strange = sorted(vision.keys() - _TOWER_SETTINGS - _POOLING_SETTINGS)
     if strange or not isinstance(vision["layers"], int):
         what = f"uses {', '.join(strange)}" if strange else "is no transformer"
@@ -105,6 +121,23 @@ def _tower_config(name: str, field: str) -> dict[str, Any]:
             f"{field}.name: the vision tower of {name} {what}, which hdscale cannot run; choose a plain ViT"
         )
     return config
+
+
+def _timm_tower_arch(tower: dict[str, Any], config: TeacherConfig, field: str) -> dict[str, Any]:
+    """Describe a tower that is timm's own; open_clip leaves its input size to timm, too."""
+    vision = tower["vision_cfg"]
+    arch: dict[str, Any] = {"model_name": vision["timm_model_name"], "num_classes": 0}
+    projection, pool = vision.get("timm_proj", "linear"), vision.get("timm_pool", "avg")
+    if projection is None and pool in ("token", "avg"):
+        arch["global_pool"] = pool  # decides where the final norm stands
+    if config.target == "projected":
+        if projection not in (None, "linear") or pool == "map":
+            raise UserError(
+                f"{field}.target projected needs a linear projection of each token, {config.name} projects otherwise; "
+                "set it to norm"
+            )
+        arch["num_classes"] = tower["embed_dim"]
+    return arch
 
 
 def _tower_arch(config: dict[str, Any], *, projected: bool, quick_gelu: bool) -> dict[str, Any]:

@@ -8,28 +8,43 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
+from numpy._core.multiarray import scalar as numpy_scalar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as convert_eva
+from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor
 
 from hdscale.errors import UserError
+from hdscale.teachers.layouts import known_layout
+from hdscale.teachers.torchscript import is_torchscript, read_torchscript
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from timm.models.vision_transformer import VisionTransformer
+    from hdscale.vit.build import ViT
 
-_WRAPPERS = ("model", "state_dict")
+# What checkpoints keep weights under. DINO evaluates the teacher, a moving average of the student.
+_WRAPPERS = ("model", "module", "state_dict", "teacher", "student")
 # Heads, MAE's decoder and mask tokens: parts of other people's checkpoints that a teacher's features do not use.
-_UNUSED = ("head", "fc_norm", "attn_pool", "decoder_", "mask_token", "pre_logits")
+_UNUSED = ("head", "fc_norm", "attn_pool", "decoder_", "mask_token", "masked_embed", "lm_head", "pre_logits")
+# Plain data that checkpoints carry beside their weights: command lines, and DINO's learning rates.
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    numpy.dtype,
+    type(numpy.dtype(numpy.float64)),
+    (numpy_scalar, "numpy.core.multiarray.scalar"),
+    (numpy_scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def read_state(path: str | Path, field: str) -> dict[str, Tensor]:
-    """Read a safetensors file or a torch checkpoint without running code from it.
+    """Read a safetensors file, a torch checkpoint or a TorchScript archive without running code from it.
 
-    `model` and `state_dict` wrappers and a `module.` prefix on all names are removed.
+    Wrappers such as `model` or `state_dict` are removed, and layouts that timm does not know are renamed.
 
     Args:
         path: the file.
@@ -42,7 +57,9 @@ def read_state(path: str | Path, field: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{field}: there is no file {path}; give a file of weights")
     try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
+        state: Any = _load(path, field)
+    except UserError:
+        raise
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{field}: {path} is neither a safetensors file nor a torch checkpoint: {reason}") from error
@@ -50,18 +67,16 @@ def read_state(path: str | Path, field: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{field}: {path} must hold tensors by name, or hold them under model or state_dict")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+        raise UserError(f"{field}: {path} must hold tensors by name, or hold them under {', '.join(_WRAPPERS)}")
+    return known_layout(state)
 
 
-def fit_state(model: VisionTransformer, state: Mapping[str, Tensor], *, source: str) -> None:
+def fit_state(model: ViT, state: Mapping[str, Tensor], *, source: str) -> None:
     """Load weights into a model; timm converts other layouts and interpolates position embeddings.
 
     Args:
         model: changed in place.
-        state: tensors by name: timm's, MAE's, DeiT's, DINO's or open_clip's.
+        state: tensors by name, as `read_state` gives them.
         source: field and file, for messages.
 
     Raises:
@@ -69,7 +84,10 @@ def fit_state(model: VisionTransformer, state: Mapping[str, Tensor], *, source: 
     """
     wanted = model.state_dict()
     try:
-        found = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
+        if isinstance(model, Eva):
+            found = convert_eva(dict(state), model)
+        else:
+            found = convert_vit(dict(state), model, adapt_layer_scale=True)
     except (RuntimeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -104,9 +122,12 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _torch_load(path: Path) -> Any:
-    # MAE's and DeiT's checkpoints carry their command line as a Namespace, which is plain data.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+def _load(path: Path, field: str) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if is_torchscript(path):
+        return read_torchscript(path, field)
+    with torch.serialization.safe_globals(_SAFE):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -3,41 +3,53 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hdscale.errors import UserError
 from hdscale.types import ViTOutput
 from hdscale.vit.pruning import KeptQueryBlock, prune_after, split_last_block
+from hdscale.vit.rotary import as_attended, as_rotation, rotation_of, take_rotation
 from hdscale.vit.tokens import take_rows, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from timm.models.vision_transformer import VisionTransformer
+    from hdscale.vit.build import ViT
 
 Final = Literal["norm", "pre_norm", "projected"]
+LayerOutput = Literal["relation", "attention", "features"]
 
 # Without the check that both passes save tensors of the same shapes: ZeRO-3 may have a parameter gathered in one and
 # emptied in the other pass. Results are equal all the same: random states are kept and the same modules run.
 recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
 
 
+class _Along(NamedTuple):
+    """What goes along with the tokens from block to block."""
+
+    rotation: Tensor | None  # of each patch, in models with rotary embeddings
+    bias: Tensor | None  # (B or 1, A, S, S): added to the attention logits of the tokens that are there
+    kept: Tensor | None  # (B, N'): which patches are still there, in a model that drops some
+
+
 class ViTEncoder(nn.Module):
-    """A timm VisionTransformer that gives patch tokens, Q and K of chosen blocks, and tokens between blocks.
+    """A timm VisionTransformer or Eva that gives patch tokens, Q and K of chosen blocks, and tokens between blocks.
 
     Blocks run as modules and keep their fused attention; Q and K are taken on their way into it.
     """
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: ViT,
         *,
         relation_layers: Sequence[int] = (),
+        layer_output: LayerOutput = "relation",
         stage_layers: Sequence[int] = (),
         stage_at: Literal["output", "input"] = "output",
         final: Final | None = "norm",
@@ -45,12 +57,16 @@ class ViTEncoder(nn.Module):
         checkpoint_every: int = 0,
         prune: bool = False,
         checkpoint_fn: Callable[..., Any] | None = None,
+        drop: Callable[[Tensor], Tensor] | None = None,
+        mask_token: nn.Parameter | None = None,
     ) -> None:
         """Wrap a model and, to prune it, change it.
 
         Args:
             model: its head stays only where `final` is projected, if pruned.
-            relation_layers: 0-indexed blocks, negative from the end, whose Q and K are given in this order.
+            relation_layers: 0-indexed blocks, negative from the end, which give `layer_output` in this order.
+            layer_output: `relation`: Q and K; `attention`: the attention's output, before it is added to the tokens;
+                `features`: the block's output.
             stage_layers: 0-indexed blocks, negative from the end, whose patch tokens are given in this order.
             stage_at: give those at the blocks' output or at their input.
             final: last block's patch tokens after the final norm, before it, or after norm and head; None: not at all.
@@ -58,7 +74,12 @@ class ViTEncoder(nn.Module):
                 (teachers): all patches go through, and Q, K and final tokens of the kept ones come out.
             checkpoint_every: recompute every n-th block in the backward pass of training; 0: none.
             prune: delete what these arguments leave unused (frozen models only: parameters are split and copied).
-            checkpoint_fn: `f(function, tokens)`, which recomputes; left out: torch's, non-reentrant.
+            checkpoint_fn: `f(function, *tensors)`, which recomputes; left out: torch's, non-reentrant.
+            drop: takes the patch tokens (B, N', T) of a stage layer and returns which of them stay, (B, K') int64
+                ascending; the others go no further (PCAE). Everything that is given is then of the patches that stay
+                to the end, and `keep_indices` names them.
+            mask_token: (1, 1, D), which stands for the patches outside `keep_indices` where `tokens` is kept: all N
+                patches go through, final tokens are of all, and relation layers give those of the kept ones.
 
         Raises:
             UserError: a layer that the model does not have, or a kind of attention without plain Q and K.
@@ -72,9 +93,13 @@ class ViTEncoder(nn.Module):
         self.tokens = tokens
         self.checkpoint_every = checkpoint_every
         self.checkpoint_fn = checkpoint_fn or recompute
+        self.layer_output: LayerOutput = layer_output
+        self.drop = drop
+        self.mask_token = mask_token
         self.num_prefix_tokens = int(model.num_prefix_tokens)
-        for layer in self.relation_layers:
-            _check_attention(model.blocks[layer])
+        if layer_output == "relation":
+            for layer in self.relation_layers:
+                _check_attention(model.blocks[layer])
         self.model = model
         if prune:
             self._prune()
@@ -87,58 +112,120 @@ class ViTEncoder(nn.Module):
             keep_indices: (B, K) int64 ascending; None: all N patches.
 
         Returns:
-            Patch tokens and, of all tokens with the P prefix tokens first, Q and K: of the kept patches where
-            `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full.
+            Patch tokens and, of all tokens with the P prefix tokens first, what the relation layers give: of the kept
+            patches where `keep_indices` is given. Stage tokens are of all N patches where `tokens` is full, or of those
+            that no stage before has dropped.
         """
-        x = self.model.patch_embed(images)
-        # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
-        x = self.model._pos_embed(x).to(images.dtype)  # (B, P + N, D)
+        assert self.drop is None or keep_indices is None, "a model that drops patches chooses them itself"
+        x, rotation = self._embed(images, keep_indices)
         rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
-        if rows is not None and self.tokens == "kept":
-            x, rows = take_rows(x, rows), None
+        seen = None  # rows of the tokens that go through the blocks; None: all
+        if rows is not None and keep_indices is not None and self.tokens == "kept" and self.mask_token is None:
+            x, seen, rows, rotation = take_rows(x, rows), rows, None, take_rotation(rotation, keep_indices)
+        along = _Along(rotation, self._bias(seen, x), None if self.drop is None else self._all_patches(x))
         x = self.model.norm_pre(x)
-        queries, keys, stages = {}, {}, {}
+        taken: dict[int, tuple[list[Tensor], Tensor | None]] = {}
+        stages: dict[int, Tensor] = {}
         for index, block in enumerate(self.model.blocks):
             if self.stage_at == "input" and index in self.stage_layers:
                 stages[index] = x
-            x, *taken = self._run_block(index, block, x, rows)
-            if taken:
-                queries[index], keys[index] = taken
+                x, along = self._dropped(x, along)
+            x, *here = self._run_block(index, block, x, rows, along)
+            if here:
+                taken[index] = here, along.kept
             if self.stage_at == "output" and index in self.stage_layers:
                 stages[index] = x
-        if self.stage_at == "input":
-            stages.setdefault(len(self.model.blocks), x)  # a pruned model may end just before a stage
+                x, along = self._dropped(x, along)
+        if self.stage_at == "input" and len(self.model.blocks) in self.stage_layers:  # pruned just before a stage
+            stages[len(self.model.blocks)] = x
+            x, along = self._dropped(x, along)
+        layers = [self._at_kept(*taken[layer], along.kept) for layer in self.relation_layers]
+        with_qk = self.layer_output == "relation"
+        prefix, patches = self._finish(x, rows if self.mask_token is None else None)
         return ViTOutput(
-            patch_tokens=None if self.final is None else self._finish(x, rows),
-            queries=tuple(queries[layer] for layer in self.relation_layers),
-            keys=tuple(keys[layer] for layer in self.relation_layers),
+            patch_tokens=patches,
+            queries=tuple(query for query, _ in layers) if with_qk else (),
+            keys=tuple(key for _, key in layers) if with_qk else (),
             stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in self.stage_layers),
+            layer_tokens=() if with_qk else tuple(tokens for (tokens,) in layers),
+            keep_indices=along.kept,
+            prefix_tokens=prefix,
+            attention_bias=along.bias,
         )
 
-    def _run_block(self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the block's tokens and, for a relation layer, Q and K of the wanted rows."""
-        function = partial(_tapped, block) if index in self.relation_layers else block
+    @property
+    def rel_pos_bias(self) -> nn.Module | None:
+        """The model's bias of all blocks' attention, see hdscale.vit.rel_pos."""
+        return getattr(self.model, "rel_pos_bias", None)
+
+    def _bias(self, rows: Tensor | None, x: Tensor) -> Tensor | None:
+        """Return the bias between the tokens at these rows (B, S), or between all, in the tokens' dtype."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(rows).to(x.dtype)
+
+    def _embed(self, images: Tensor, keep_indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return all tokens (B, P + N, D) and, of a model with rotary embeddings, the rotation of each patch."""
+        x = self.model.patch_embed(images)
+        if self.mask_token is not None and keep_indices is not None:
+            x = _hide_others(x, keep_indices, self.mask_token)
+        rotation = None
+        if isinstance(self.model, Eva):
+            x, rope = self.model._pos_embed(x)
+            rotation = as_rotation(rope, by_block=self.model.rope_mixed)
+        else:
+            x = self.model._pos_embed(x)
+        # DeepSpeed leaves buffers, such as a student's position embedding, in float32.
+        return x.to(images.dtype), rotation
+
+    def _all_patches(self, x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+
+    def _dropped(self, x: Tensor, along: _Along) -> tuple[Tensor, _Along]:
+        """Drop patches at a stage, if the model does: tokens (B, P + K', T) and what goes along with them."""
+        if self.drop is None or along.kept is None:
+            return x, along
+        staying = self.drop(x[:, self.num_prefix_tokens :])
+        x = take_rows(x, token_rows(staying, self.num_prefix_tokens))
+        kept = along.kept.gather(1, staying)
+        bias = self._bias(token_rows(kept, self.num_prefix_tokens), x)
+        return x, _Along(take_rotation(along.rotation, staying), bias, kept)
+
+    def _at_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
+        """Cut what a relation layer gave of the patches `there` (B, N') down to those kept in the end (B, K)."""
+        if there is None or kept is None or there.shape == kept.shape:
+            return tensors
+        rows = token_rows(torch.searchsorted(there.contiguous(), kept.contiguous()), self.num_prefix_tokens)
+        return [take_rows(tensor, rows) for tensor in tensors]
+
+    def _run_block(
+        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, along: _Along
+    ) -> tuple[Tensor, ...]:
+        """Return the block's tokens and, for a relation layer, its output of the wanted rows."""
+        function = partial(_TAPPED[self.layer_output], block) if index in self.relation_layers else block
+        if along.rotation is not None:
+            function = partial(function, rope=rotation_of(along.rotation, index))
         if isinstance(block, KeptQueryBlock):
-            x, *taken = _as_tuple(function(x, rows))
-            if taken and rows is not None:
-                taken[1] = take_rows(taken[1], rows)  # its queries are of the wanted rows already
+            x, *taken = _as_tuple(function(x, rows, along.bias))
+            if len(taken) == 2 and rows is not None:
+                taken[1] = take_rows(taken[1], rows)  # keys: everything else is of the wanted rows already
             return x, *taken
+        inputs = (x,) if along.bias is None else (x, along.bias)
         every = self.checkpoint_every
         if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
-            x, *taken = _as_tuple(self.checkpoint_fn(function, x))
+            x, *taken = _as_tuple(self.checkpoint_fn(function, *inputs))
         else:
-            x, *taken = _as_tuple(function(x))
+            x, *taken = _as_tuple(function(*inputs))
         return x, *(tensor if rows is None else take_rows(tensor, rows) for tensor in taken)
 
-    def _finish(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Turn the last block's tokens into patch tokens (B, N or K, T)."""
+    def _finish(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Turn the last block's tokens into prefix tokens (B, P, D) and patch tokens (B, N or K, T)."""
+        if self.final is None:
+            return None, None
         if rows is not None and not isinstance(self.model.blocks[-1], KeptQueryBlock):
             x = take_rows(x, rows)
-        x = x[:, self.num_prefix_tokens :]
-        if self.final == "pre_norm":
-            return x
-        x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
-        return self.model.head(x) if self.final == "projected" else x
+        if self.final != "pre_norm":
+            x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return prefix, self.model.head(patches) if self.final == "projected" else patches
 
     def _prune(self) -> None:
         model, depth = self.model, len(self.model.blocks)
@@ -147,8 +234,10 @@ class ViTEncoder(nn.Module):
         if self.final != "projected":
             model.head = nn.Identity()
         if self.final is None:
-            num_whole = max([*self.relation_layers, *(layer + offset for layer in self.stage_layers)], default=0)
-            prune_after(model, num_whole, query_key_next=num_whole in self.relation_layers)
+            with_qk = self.layer_output == "relation"
+            relation_ends = self.relation_layers if with_qk else [layer + 1 for layer in self.relation_layers]
+            num_whole = max([*relation_ends, *(layer + offset for layer in self.stage_layers)], default=0)
+            prune_after(model, num_whole, query_key_next=with_qk and num_whole in self.relation_layers)
             return
         if self.final == "pre_norm":
             model.norm, model.fc_norm = nn.Identity(), nn.Identity()
@@ -170,9 +259,15 @@ def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, 
     return tuple(layer % depth for layer in layers)
 
 
+def _hide_others(x: Tensor, keep_indices: Tensor, mask_token: Tensor) -> Tensor:
+    """Put the mask token (1, 1, D) in the place of all patches (B, N, D) but the kept ones (B, K)."""
+    kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, keep_indices, True)
+    return torch.where(kept.unsqueeze(-1), x, mask_token.to(x.dtype))
+
+
 def _check_attention(block: nn.Module) -> None:
     attn = getattr(block, "attn", None)
-    if type(attn) is not Attention:
+    if type(attn) not in (Attention, AttentionRope, EvaAttention):
         raise UserError(
             f"relation.layers need blocks with timm's Attention, got {type(block).__name__} with "
             f"{type(attn).__name__}; choose another model"
@@ -183,21 +278,42 @@ def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _tapped(block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them.
+def _with_queries_and_keys(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them."""
+    attn = cast("Attention", block.attn)
+    x, query, key = _hooked(block, (attn.q_norm, attn.k_norm), args, rope)
+    return x, *as_attended(attn, query, key, rope)
+
+
+def _with_attention_output(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens, and what its attention adds to them (B, S, T), not yet scaled."""
+    return _hooked(block, (cast("nn.Module", block.attn),), args, rope)
+
+
+def _with_output(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens twice: to go on with, and to be given."""
+    (x,) = _hooked(block, (), args, rope)
+    return x, x
+
+
+_TAPPED = {"relation": _with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
+
+
+def _hooked(
+    block: nn.Module, modules: Sequence[nn.Module], args: Sequence[Tensor | None], rope: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Run a block and return its tokens and the outputs of modules in it.
 
     Hooks live for this call only, so that nothing keeps the tensors and a recomputed call takes its own.
     """
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    attn = cast("Attention", block.attn)
-    hooks = [attn.q_norm.register_forward_hook(_into(queries)), attn.k_norm.register_forward_hook(_into(keys))]
+    taken: list[list[Tensor]] = [[] for _ in modules]
+    hooks = [module.register_forward_hook(_into(into)) for module, into in zip(modules, taken, strict=True)]
     try:
-        x = block(*args)
+        x = block(*args) if rope is None else block(*args, rope=rope)
     finally:
         for hook in hooks:
             hook.remove()
-    return x, queries[0], keys[0]
+    return x, *(outputs[0] for outputs in taken)
 
 
 def _into(taken: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:

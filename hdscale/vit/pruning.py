@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from hdscale.vit.tokens import take_rows
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
+    from hdscale.vit.build import ViT
 
 
 class QueryKeyAttention(nn.Module):
@@ -40,8 +40,9 @@ class QueryKeyBlock(nn.Module):
         self.norm1 = block.norm1
         self.attn = QueryKeyAttention(cast("Attention", block.attn))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute Q and K, which a hook on `q_norm` and `k_norm` takes, and hand the tokens (B, S, D) through."""
+        del bias  # of logits, which nobody computes here
         self.attn(self.norm1(x))
         return x
 
@@ -59,11 +60,11 @@ class KeptQueryAttention(nn.Module):
         self.norm = attn.norm
         self.proj = attn.proj
 
-    def forward(self, asking: Tensor, x: Tensor) -> Tensor:
-        """Attend from tokens (B, R, D) to tokens (B, S, D); returns (B, R, D)."""
+    def forward(self, asking: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend from tokens (B, R, D) to tokens (B, S, D), logits plus `bias` (B or 1, A, R, S); returns (B, R, D)."""
         query = self.q_norm(self.q(asking).unflatten(2, (self.num_heads, -1)).transpose(1, 2))  # (B, A, R, E)
         key, value = self.kv(x).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, S, E)
-        x = F.scaled_dot_product_attention(query, self.k_norm(key), value)
+        x = F.scaled_dot_product_attention(query, self.k_norm(key), value, attn_mask=bias)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
 
 
@@ -79,13 +80,17 @@ class KeptQueryBlock(nn.Module):
         self.mlp = block.mlp
         self.ls2 = block.ls2
 
-    def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Return tokens (B, R, D) of the wanted rows (B, R) out of (B, S, D); all rows when None."""
+    def forward(self, x: Tensor, rows: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """Return tokens (B, R, D) of the wanted rows (B, R) out of (B, S, D); all rows when None.
+
+        `bias` (B or 1, A, S, S) is added to the logits.
+        """
         normed = self.norm1(x)
         asking = normed
         if rows is not None:
             x, asking = take_rows(x, rows), take_rows(normed, rows)
-        x = x + self.ls1(self.attn(asking, normed))
+            bias = None if bias is None else take_rows(bias.expand(len(rows), -1, -1, -1), rows)
+        x = x + self.ls1(self.attn(asking, normed, bias))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -94,7 +99,7 @@ def is_plain(block: nn.Module) -> TypeGuard[Block]:
     return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
-def prune_after(model: VisionTransformer, num_whole: int, *, query_key_next: bool) -> None:
+def prune_after(model: ViT, num_whole: int, *, query_key_next: bool) -> None:
     """Delete everything behind the first `num_whole` blocks; of the next block, its Q and K may stay.
 
     Args:
@@ -107,12 +112,15 @@ def prune_after(model: VisionTransformer, num_whole: int, *, query_key_next: boo
     if query_key_next:
         next_block = blocks[num_whole]
         kept.append(QueryKeyBlock(next_block) if is_plain(next_block) else next_block)
-    model.blocks = nn.Sequential(*kept)
+    if isinstance(model, VisionTransformer):
+        model.blocks = nn.Sequential(*kept)
+    else:
+        model.blocks = nn.ModuleList(kept)
     model.norm = nn.Identity()
     model.fc_norm = nn.Identity()
 
 
-def split_last_block(model: VisionTransformer) -> None:
+def split_last_block(model: ViT) -> None:
     """Let the last block finish wanted tokens only, in place; a block that is not timm's standard one stays whole."""
     last = model.blocks[-1]
     if is_plain(last):

@@ -18,11 +18,18 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
+def other_indices(keep_indices: Tensor, num_patches: int) -> Tensor:
+    """Return the patches that were dropped: (B, K) of N to (B, N - K) int64 ascending."""
+    batch, num_keep = keep_indices.shape
+    dropped = keep_indices.new_ones(batch, num_patches).scatter(1, keep_indices, 0)
+    return dropped.argsort(dim=1, descending=True, stable=True)[:, : num_patches - num_keep]
+
+
 def relation_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
-    """Drop registers, and the class token unless `cls`: (B, A, P + K, E) to (B, A, S, E), S = K or 1 + K.
+    """Drop registers, and the class token unless `cls`: (..., P + K, E) to (..., S, E), S = K or 1 + K.
 
     Student and teacher share it: row by row, their relations are of the same tokens.
     """
     if not cls:
-        return x[:, :, num_prefix_tokens:]
-    return x if num_prefix_tokens == 1 else torch.cat([x[:, :, :1], x[:, :, num_prefix_tokens:]], dim=2)
+        return x[..., num_prefix_tokens:, :]
+    return x if num_prefix_tokens == 1 else torch.cat([x[..., :1, :], x[..., num_prefix_tokens:, :]], dim=-2)

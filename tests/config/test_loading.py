@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hdscale.config.loading import (
     load_recipe,
     load_run_recipe,
 )
+from hdscale.config.recipe import TeacherConfig
 from hdscale.errors import UserError
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -32,6 +34,11 @@ def test_the_default_recipe_file_states_the_defaults_of_the_code():
     assert from_file == from_code
 
 
+def test_kl_compares_relations_only():
+    with pytest.raises(UserError, match="relation: loss kl compares relations, got target features"):
+        load_recipe(None, ["relation.loss=kl", "relation.scale=softmax", "relation.target=features"])
+
+
 def test_an_override_replaces_one_field_and_makes_missing_sections():
     recipe = load_recipe(None, ["optim.lr=3e-4", "feature_teacher=null", "relation.layers=[0, 1]"])
     assert recipe.optim.lr == 3e-4
@@ -41,13 +48,58 @@ def test_an_override_replaces_one_field_and_makes_missing_sections():
 
 
 @pytest.mark.parametrize(
+    ("short", "source", "name", "weights"),
+    [
+        ("timm:vit_base_patch16_224.mae", "timm", "vit_base_patch16_224.mae", "pretrained"),
+        ("timm:vit_base_patch16_224/random", "timm", "vit_base_patch16_224", "random"),
+        ("timm:vit_base_patch16_224//data/mae.pth", "timm", "vit_base_patch16_224", "/data/mae.pth"),
+        ("open_clip:ViT-B-16/openai", "open_clip", "ViT-B-16", "openai"),
+        ("file:teachers/mae.safetensors", "file", "", "teachers/mae.safetensors"),
+    ],
+)
+def test_a_teacher_s_name_may_stand_for_source_name_and_weights(short, source, name, weights, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"feature_teacher: {short}\nrelation_teacher: {{name: '{short}', sharding: replicate}}")
+    recipe = load_recipe(path, ["feature_teacher.img_size=64"])
+    assert recipe.feature_teacher == TeacherConfig(source=source, name=name, weights=weights, img_size=64)
+    assert recipe.relation_teacher == TeacherConfig(source=source, name=name, weights=weights, sharding="replicate")
+    assert load_recipe(None, [f"feature_teacher={short}"]).feature_teacher == TeacherConfig(
+        source=source, name=name, weights=weights
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_run_recipe(tmp_path) == recipe
+
+
+def test_fields_that_say_what_the_name_says_are_no_contradiction():
+    given = {"source": "open_clip", "name": "open_clip:ViT-B-16/openai", "weights": "openai"}
+    assert TeacherConfig(**given) == TeacherConfig(source="open_clip", name="ViT-B-16", weights="openai")
+    assert TeacherConfig(name="timm:vit_tiny_patch16_224", weights="a.pth").weights == "a.pth"
+
+
+@pytest.mark.parametrize(
     ("override", "parts"),
     [
+        (
+            "feature_teacher=vit_base_patch16_224",
+            ["feature_teacher: must be SOURCE:NAME, such as", "got vit_base_patch16_224"],
+        ),
+        ("feature_teacher=hub:x", ["name must start with timm:, open_clip: or file:, got hub:x"]),
+        (
+            "relation_teacher={source: timm, name: open_clip:ViT-B-16/openai}",
+            ["relation_teacher: name open_clip:ViT-B-16/openai says that source is open_clip, got source timm: leave"],
+        ),
+        (
+            "feature_teacher={weights: openai, name: open_clip:ViT-L-14/laion2b_s32b_b82k}",
+            ["says that weights is laion2b_s32b_b82k, got weights openai: leave one of them out"],
+        ),
+        ("feature_teacher=timm:/random", ["feature_teacher: name must say which timm model"]),
+        ("feature_teacher=file:random", ["feature_teacher: weights must be a file's path"]),
         ("mask.keep_ratoi=1", ["unknown key mask.keep_ratoi", "did you mean mask.keep_ratio?"]),
         ("keep_ratio=0.3", ["unknown key keep_ratio", "did you mean mask.keep_ratio?"]),
         ("mask.keep_ratio=1.4", ["mask.keep_ratio must be less than or equal to 1", "got 1.4"]),
         ("student.depth=many", ["student.depth must be a valid integer", "'many'"]),
         ("relation.loss=kl", ["relation: loss kl needs scale softmax, got scaled"]),
+        ("mask.in_teacher=drop", ["mask: in_teacher drop needs strategy progressive and source online", "store"]),
         ("relation.layers=[1, 1]", ["relation: layers must name different blocks, got [1, 1]"]),
         ("schedule.warmup_epochs=50", ["schedule.warmup_epochs must be below schedule.epochs 40, got 50"]),
         ("data.views=0", ["'data.views=0': data.views must be greater than or equal to 1 or 'fresh', got 0"]),
@@ -134,3 +186,36 @@ def test_a_misspelt_name_for_allow_change_is_refused_and_known_names_pass():
     check_allowed(["optim.lr", "relation_teacher", "data", "precision", "view decoder"])
     with pytest.raises(UserError, match=r"--allow-change optim\.lrr is no field"):
         check_allowed(["optim.lrr"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.mask_tokens=decoder"], "student: mask_tokens decoder needs decoder transformer, got linear"),
+        (["student.decoder_dim=512"], "student: decoder_dim is of decoder transformer, got decoder linear"),
+        (["student.pos_embed=none"], "student: pos_embed none needs rel_pos_bias true"),
+        (["student.mask_tokens=encoder", "mask.strategy=none"], "student.mask_tokens encoder needs dropped patches"),
+        (["loss.features_on=hidden", "mask.strategy=none"], "loss.features_on hidden needs dropped patches"),
+        (
+            ["loss.features_on=hidden", "student.mask_tokens=encoder", "mask.strategy=random", "mask.keep_ratio=1"],
+            "loss.features_on hidden needs dropped patches",
+        ),
+        (["loss.features_on=hidden"], "loss.features_on hidden needs predictions at dropped patches"),
+        (["loss.features_on=all"], "loss.features_on all needs predictions at dropped patches"),
+        (
+            ["loss.features_on=all", "student.mask_tokens=encoder", "feature_teacher=null"],
+            "loss.features_on all needs a feature_teacher",
+        ),
+        (
+            ["student.decoder=transformer", "student.mask_tokens=decoder", "feature_teacher=null"],
+            "student.mask_tokens decoder needs a feature_teacher",
+        ),
+    ],
+)
+def test_reconstruction_settings_that_contradict_each_other_are_refused(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(None, overrides)
+
+
+def test_features_of_all_patches_need_no_mask():
+    assert load_recipe(None, ["loss.features_on=all", "mask.strategy=none"]).loss.features_on == "all"

@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
 import torch
+from webdataset.writer import TarWriter
 
 from hdscale.data import benchmark
 from hdscale.data.benchmark import DECODE, LOADER, USUAL, VIEW, ColdReading, Rates, data_report, loading_contenders
 from hdscale.data.decode import decode_rgb, decode_view
 from hdscale.data.index import open_shards
+from hdscale.data.indexer import IndexJob, index_split
+from hdscale.data.labels import label_rule
 from hdscale.data.photos import HEIGHT, WIDTH, Photos, make_photo_shards
 from hdscale.data.rivals import jpeg_decoders, usual_pipeline, view_makers
 from hdscale.data.views import view_parameters
+from hdscale.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,37 @@ def test_every_way_to_a_view_gives_ours_or_nearly(photos):
 
 def test_the_usual_pipeline_starts_again_when_the_shards_are_short(photos):
     assert usual_pipeline(photos, 100, 32, 16) == 112  # 3 batches of 48 samples, 3 again, 1 more
+
+
+@pytest.fixture
+def odd(tmp_path, photos):
+    """Shards of others: dotted keys, one picture cut short, one that some decoders refuse, one sample without any."""
+    good = photos.read(3)
+    scan = good.index(b"\xff\xda") + 40
+    pictures = [good, good[:-9000], good[:scan] + b"\xff\xc4" + good[scan + 2 :], good]
+    with TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for number, data in enumerate(pictures):
+            tar.write({"__key__": f"{number}", "img.jpg": data, "cls": b"1"})
+        tar.write({"__key__": "alone", "cls": b"1"})
+    job = IndexJob(tmp_path, "train", "*.tar", label_rule("auto", None), None, (), {"tool": "index_shards"})
+    index_split(job, 0, lambda count, note: None)
+    return open_shards(tmp_path, "train")
+
+
+def test_pictures_that_not_everybody_shows_do_not_end_the_benchmark(odd):
+    assert odd.num_samples == 4
+    contenders = loading_contenders(odd, 64, 32)
+    assert {name: function() for name, function in contenders.items() if name in (LOADER, USUAL)} == {
+        LOADER: 64,
+        USUAL: 64,
+    }
+    assert all(function() for function in contenders.values())
+
+
+def test_the_usual_pipeline_without_a_picture_ends(odd):
+    (odd.folder / "a.tar").write_bytes(bytes(10240))
+    with pytest.raises(UserError, match=r"webdataset and Pillow find no picture in split train"):
+        usual_pipeline(odd, 64, 32, 16)
 
 
 def test_contenders_do_equally_much_work(photos):

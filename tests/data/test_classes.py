@@ -38,6 +38,11 @@ def test_without_a_list_all_classes_are_taken():
     assert choose_classes(["a", "b"], None, "here") == (["a", "b"], [])
 
 
+def test_a_class_whose_name_is_no_text_is_refused_before_the_work():
+    with pytest.raises(UserError, match=r"--input x has the class 'b\\udcff', whose name is no UTF-8: rename it"):
+        choose_classes(["a", "b\udcff", "é"], None, "--input x")
+
+
 def test_chosen_classes_have_the_lists_order_and_the_rest_is_counted():
     chosen, left_out = choose_classes(["a", "b", "c", "d"], ("c", "a"), "here")
     assert chosen == ["c", "a"]

@@ -40,6 +40,10 @@ def test_numbers_with_leading_zeros_are_names(listed):
     assert listed("path,label\na.jpg,007\nb.jpg,003\n").listing().classes == ("003", "007")
 
 
+def test_a_label_of_thousands_of_digits_is_a_name(listed):
+    assert listed(f"path,label\na.jpg,0\nb.jpg,{'1' * 5000}\n").listing().classes == ("0", "1" * 5000)
+
+
 def test_a_list_of_classes_gives_the_labels(listed):
     listing = listed("path,label\na.jpg,7\nb.jpg,5\nc.jpg,-1\n", only=("7", "5")).listing()
     assert listing.classes == ("7", "5")
@@ -61,6 +65,7 @@ def test_a_list_of_classes_gives_the_labels(listed):
         ('path,label\na.jpg,x\n"b.jpg,x\n', r"line 3: is no CSV"),
         ("path,label\na.jpg,0\nb.jpg,2\n", r"integer labels must be 0 .. n - 1 without gaps, got 2 from 0 to 2"),
         ("path,label\na.jpg,-1\nb.jpg,0\n", r"got 2 from -1 to 0"),
+        ("path,label\na.jpg,0\nb\0.jpg,0\n", r"line 3: has a zero byte in its path"),
     ],
 )
 def test_lines_that_break_a_rule_are_named(listed, text, message):

@@ -434,6 +434,13 @@ def test_input_without_tars_is_refused(tmp_path):
         index(tmp_path)
 
 
+def test_a_tar_whose_name_is_no_text_is_refused_before_the_work(tmp_path):
+    write_tar(tmp_path / os.fsdecode(b"\xff.tar"), good(0))
+    with pytest.raises(UserError, match=r"has the tar '\\udcff.tar', whose name is no UTF-8: rename it"):
+        index(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tar"]
+
+
 def test_tars_without_a_sample_are_refused(tmp_path):
     write_tar(tmp_path / "a.tar", good(0))
     message = r"there is no sample in the 1 tars of .* \(the first of 1, a.tar:good0.jpg, has no field 'x' in a .json"

@@ -16,6 +16,12 @@ def test_class_names_are_lines(tmp_path):
     assert read_classes(path) == ("tench, Tinca tinca", "müll")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_class_name(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\ufefftench\nmüll\n", encoding="utf-8")
+    assert read_classes(path) == ("tench", "müll")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -49,6 +50,62 @@ def test_a_list_of_classes_gives_the_labels_and_an_empty_class_keeps_its_own(tmp
     assert listing.left_out == ["1 classes that --only-classes does not name", "class folder empty, without pictures"]
     with pytest.raises(UserError, match=r"--only-classes names 1 of 2 classes that --input .* lacks \(d\)"):
         ImageFolder(tmp_path, only=("d", "a")).listing()
+
+
+def test_links_that_lead_back_are_named_and_others_followed(tmp_path):
+    for name in ("a/1.png", "a/deep/2.png", "b/3.png", "elsewhere/4.png"):
+        save(RED, tmp_path / "pictures" / name)
+    (tmp_path / "pictures/elsewhere").rename(tmp_path / "elsewhere")
+    for link, target in (
+        ("a/self", "."),
+        ("a/deep/up", ".."),
+        ("a/all", "../.."),
+        ("a/other", "../b"),
+        ("b/back", "../a"),
+        ("b/away", "../../elsewhere"),
+    ):
+        (tmp_path / "pictures" / link).symlink_to(target)
+    listing = ImageFolder(tmp_path / "pictures").listing()
+    of_a = ["a/1.png", "a/deep/2.png", "a/other/3.png", "a/other/away/4.png"]
+    of_b = ["b/3.png", "b/away/4.png", "b/back/1.png", "b/back/deep/2.png"]
+    assert listing.names == of_a + of_b
+    links = [
+        "a/all",
+        "a/deep/up",
+        "a/other/back",
+        "a/self",
+        "b/back/all",
+        "b/back/deep/up",
+        "b/back/other",
+        "b/back/self",
+    ]
+    assert listing.left_out == [f"link {name}, which leads back to a folder that it is in" for name in links]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    save(RED, tmp_path / "a/1.png")
+    save(RED, tmp_path / "a/locked/2.png")
+    scandir = os.scandir
+
+    def refuse(path):  # what chmod does for everybody but root
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        ImageFolder(tmp_path).listing()
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    save(RED, tmp_path / "a/1.png")
+    os.mkfifo(tmp_path / "a/2.png")
+    (tmp_path / "a/3.png").symlink_to("/dev/zero")
+    source = ImageFolder(tmp_path)
+    assert source.listing().names == ["a/1.png", "a/2.png", "a/3.png"]
+    for name in ("a/2.png", "a/3.png"):
+        with pytest.raises(OSError, match="it is no regular file"):
+            source.read(name)
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -151,6 +151,44 @@ def test_a_tar_cut_short_is_told_and_keeps_its_label_and_the_others(source, cont
     assert read_all(tars, listing) == {f"{name}/{file}": data for name, files in members for file, data in files}
 
 
+def header(name, size, kind=tarfile.REGTYPE):
+    """Return the header of a member that claims any size."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def pax_member(**records):
+    member = tarfile.TarInfo("odd.jpg")
+    member.pax_headers = records
+    return tar_file([("odd.jpg", member)])[: -2 * 512]
+
+
+COMMENT = header("comment", 19, tarfile.XHDTYPE) + b"19 comment=12345 67".ljust(512, b"\0")
+HOSTILE = {
+    "a size that leads back to the same header": header("odd.jpg", -512),
+    "a size that leads back further": header("odd.jpg", -1024),
+    "a long name of a negative size": header("odd", -512, tarfile.GNUTYPE_LONGNAME) + bytes(512),
+    "an extended header of exabytes": header("odd", 1 << 62, tarfile.XHDTYPE) + bytes(512),
+    "headers of headers": COMMENT * 1500,
+    "a negative size in words": pax_member(size="-512"),
+    "a size of a sparse file that is none": pax_member(**{"GNU.sparse.size": "x"}),
+    "a map of a sparse file that is none": pax_member(**{"GNU.sparse.map": "1,x"}),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_headers_that_mislead_tarfile_end_their_tar_only(source, contents, data):
+    before = tar_file(contents["n01"])[: member_end(tar_file(contents["n01"]), 2)]
+    tars = source(contents | {"n01": before + data + tar_file([("after.jpg", jpeg(0))])})
+    listing = tars.listing()
+    (words,) = listing.damaged
+    assert words.startswith("n01.tar is cut short (")
+    assert len(words) < 400
+    expected = {f"{name}/{file}": picture for name, files in contents.items() for file, picture in files}
+    assert read_all(tars, listing) == expected
+
+
 def test_a_class_without_pictures_is_told_and_keeps_its_label(source, contents):
     listing = source(contents | {"n02": [("notes.txt", b"")]}).listing()
     assert listing.classes == ("n01", "n02", "n10")

@@ -230,6 +230,15 @@ def test_two_tars_put_together_with_cat_are_noticed(tmp_path):
     assert "has 19968 bytes behind the end of its archive, at byte 512" in str(caught.value)
 
 
+def test_small_tars_put_together_are_noticed_inside_the_padding_of_one(tmp_path):
+    unpadded = write(tmp_path / "a", ["a"]).read_bytes()[: 3 * 512]
+    path = tmp_path / "both.tar"
+    path.write_bytes(unpadded + unpadded)
+    names, caught = walked_until_bad(path)
+    assert names == ["a"]
+    assert caught.type is TrailingData
+
+
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_huge_extended_headers_are_not_read(tmp_path, kind):
     info = tarfile.TarInfo("a.jpg")

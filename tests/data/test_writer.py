@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -205,6 +206,34 @@ def test_a_source_without_a_single_good_picture_is_refused(tmp_path, write):
 def test_a_picture_that_cannot_be_read_ends_the_run(tmp_path, write, workers):
     with pytest.raises(UserError, match=r"digit-0030 cannot be read \(Input/output error\): .*shards are kept"):
         write(FirstDigits(unreadable=["digit-0030"]), tmp_path, TENS, workers=workers)
+
+
+def test_an_empty_file_in_place_of_an_unreadable_one_keeps_the_finished_shards(tmp_path, write):
+    for name in ("1", "2", "3"):
+        (tmp_path / "pictures/a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 3)).save(tmp_path / f"pictures/a/{name}.png")
+    (tmp_path / "pictures/a/4.png").symlink_to("nowhere")
+    source, ones = ImageFolder(tmp_path / "pictures"), PlanSettings(samples_per_shard=1)
+    with pytest.raises(UserError, match=r"a/4.png cannot be read .*: mend it.*an empty file in its place is left out"):
+        write(source, tmp_path / "shards", ones)
+    (tmp_path / "pictures/a/4.png").unlink()
+    (tmp_path / "pictures/a/4.png").write_bytes(b"")
+    (manifest,) = write(source, tmp_path / "shards", ones)
+    assert (manifest.num_samples, [item.name for item in manifest.skipped]) == (3, ["a/4.png"])
+
+
+def test_a_skipped_picture_whose_name_is_no_text_is_named_with_escapes(tmp_path, write):
+    (tmp_path / "pictures/a").mkdir(parents=True)
+    Image.new("RGB", (3, 3)).save(tmp_path / "pictures/a/1.png")
+    (tmp_path / os.fsdecode(b"pictures/a/\xc3\xa4\xff.png")).write_bytes(b"no picture")
+    (manifest,) = write(ImageFolder(tmp_path / "pictures"), tmp_path / "shards", PlanSettings())
+    assert [item.name for item in manifest.skipped] == [r"a/ä\xff.png"]
+
+
+def test_a_split_whose_name_begins_like_another_is_not_mistaken_for_it(tmp_path, write):
+    for split in ("train-2", "train"):
+        (manifest,) = write(FirstDigits(), tmp_path, TENS._replace(split=split))
+        assert manifest.num_samples == 60
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path, write):

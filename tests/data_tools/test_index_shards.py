@@ -64,6 +64,13 @@ def test_mistakes_are_one_line_and_exit_code_2(tars, capsys):
     assert len(lines) == 4
 
 
+def test_a_path_that_the_file_system_refuses_is_one_line(tars, capsys):
+    for options in (["--input", "x" * 300], ["--input", str(tars), "--split", "x" * 300]):
+        assert exit_code(main, [*options, "--workers", "1"]) == EXIT_USER_ERROR
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("train: ")]
+        assert line.startswith("error: --input ")
+
+
 def test_ctrl_c_says_how_to_continue(tars, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

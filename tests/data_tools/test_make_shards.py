@@ -74,24 +74,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert second.startswith("error: --source imagefolder needs --input")
 
 
-def test_ctrl_c_says_how_to_continue(pictures, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("busy", ["write_split", "ImageFolder.listing"])
+def test_ctrl_c_says_how_to_continue(busy, pictures, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_tools.make_shards.write_split", interrupt)
+    monkeypatch.setattr(f"data_tools.make_shards.{busy}", interrupt)
     assert main(arguments(pictures, tmp_path / "shards")) == EXIT_STOPPED
     assert "the same command continues" in capsys.readouterr().err
 
 
+# One picture holds its worker for ever, in the middle of a shard.
+BLOCKED = """
+import multiprocessing
+import time
+
+from data_tools.make_shards import main
+from hdscale.cli import run
+from hdscale.data.sources import ImageFolder
+
+read = ImageFolder.read
+ImageFolder.read = lambda self, name, place: time.sleep(3600) if name == "class1/09.jpg" else read(self, name, place)
+multiprocessing.set_start_method("fork")
+run(main)
+"""
+
+
 def test_a_killed_run_continues_to_the_same_bytes(pictures, tmp_path):
     main(arguments(pictures, tmp_path / "whole", "--workers", "1"))
-    # a pipe nobody writes to holds one worker for ever, in the middle of its shard
-    blocked = pictures / "class1" / "09.jpg"
-    good = blocked.read_bytes()
-    blocked.unlink()
-    os.mkfifo(blocked)
-
-    command = [sys.executable, "data_tools/make_shards.py", *arguments(pictures, tmp_path / "parts", "--workers", "2")]
+    command = [sys.executable, "-c", BLOCKED, *arguments(pictures, tmp_path / "parts", "--workers", "2")]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while len(list((tmp_path / "parts").glob("train.making/0*.json"))) < 9:
         assert process.poll() is None
@@ -103,7 +114,5 @@ def test_a_killed_run_continues_to_the_same_bytes(pictures, tmp_path):
 
     assert not (tmp_path / "parts" / "train.manifest.json").exists()
     assert len(list((tmp_path / "parts").glob("train-*.tar"))) == 9
-    blocked.unlink()
-    blocked.write_bytes(good)
     main(arguments(pictures, tmp_path / "parts", "--workers", "2"))
     assert content(tmp_path / "parts") == content(tmp_path / "whole")

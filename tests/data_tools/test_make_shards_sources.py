@@ -118,9 +118,13 @@ MISTAKES = {
     "--only-classes wrong.txt": "--only-classes names 1 of 1 classes that --input pictures lacks (dogs)",
     "--source digits --resize-short 4": "--source digits takes neither --resize-short nor --only-classes",
     "--source digits --only-classes wrong.txt": "--source digits takes neither",
+    "--source digits --input pictures": "--source digits needs no --input, got pictures",
     "--source csv --input list.csv": "n0/n0_",
     "--source csv --input missing.csv": "--input missing.csv cannot be read",
     "--source synset-tars --input missing": "--input missing is neither a folder of tars nor a tar of tars",
+    f"--input {'x' * 300}": "--input xxx",
+    f"--source synset-tars --input {'x' * 300}": "--input xxx",
+    f"--output {'x' * 300}": "--output xxx",
 }
 
 
@@ -138,6 +142,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, options, capsys, monkeypa
 def test_a_source_without_input_says_what_it_needs(source, tmp_path, capsys):
     assert exit_code(main, ["--source", source, "--output", str(tmp_path / "shards")]) == EXIT_USER_ERROR
     assert f"--source {source} needs --input: the f" in capsys.readouterr().err
+
+
+def test_an_index_that_another_tool_made_is_not_overwritten(folder, capsys):
+    assert make(folder, "shards", *sources(folder)["imagefolder"]) == 0
+    manifest = folder / "shards/train.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"make_shards"', '"index_shards"'))
+    before = manifest.read_bytes()
+    command = ["--output", str(folder / "shards"), "--workers", "1", *map(str, sources(folder)["imagefolder"])]
+    assert exit_code(main, command) == EXIT_USER_ERROR
+    assert "shards holds the split train of index_shards already: choose another" in capsys.readouterr().err
+    assert manifest.read_bytes() == before
 
 
 READ_WITH_WEBDATASET = """

@@ -178,6 +178,11 @@ def test_mistakes_are_one_line_and_exit_code_2(folder, capsys):
     assert "report cannot be written to (No such file or directory): name another file" in lines[1]
 
 
+def test_a_path_that_the_file_system_refuses_is_one_line(capsys):
+    assert exit_code(main, ["--shards", "x" * 300]) == EXIT_USER_ERROR
+    assert "train.manifest.json cannot be read (File name too long)" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_told(folder, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

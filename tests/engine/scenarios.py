@@ -126,6 +126,22 @@ def curves_of_one(lab):
     return codes
 
 
+OTHERS = {
+    "attention": ["relation.target=attention"],
+    "features": ["relation.target=features", "relation.layers=[0, -1]", "student.embed_dim=36"],
+    "dropping": ["mask.source=online", "mask.in_teacher=drop"],
+}
+
+
+def other_targets(lab):
+    """Take a few steps with each of the paper's other targets and ways to mask."""
+    count = lab.ranks.world_size
+    small = [f"optim.micro_batch_size={16 // count}", "schedule.stop_after=4"]
+    return {
+        name: lab.distill(f"{name}-of-{count}", "3all" if count > 1 else 2, *OTHERS[name], *small) for name in OTHERS
+    }
+
+
 def resume(lab):
     """Train in one go, and with a stop on the way."""
     found = {}
@@ -326,8 +342,20 @@ def smoke_run(lab):
 
 
 BY_RANKS = {
-    "2": (masks, curves_of_two, resume, interrupt, elastic_source, elastic, teachers, bf16, damaged, smoke_run),
-    "1": (curves_of_one, foreign, elastic, spoiled_teacher, pretraining),
+    "2": (
+        masks,
+        curves_of_two,
+        other_targets,
+        resume,
+        interrupt,
+        elastic_source,
+        elastic,
+        teachers,
+        bf16,
+        damaged,
+        smoke_run,
+    ),
+    "1": (curves_of_one, other_targets, foreign, elastic, spoiled_teacher, pretraining),
 }
 
 

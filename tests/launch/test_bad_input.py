@@ -104,6 +104,21 @@ def write_masks(world, **changed):
         store.write_part(view, part, np.packbits(packed.numpy(), axis=1, bitorder="little"))
 
 
+def test_a_classifier_for_shards_without_labels(own_world, spoiled, capsys):
+    shards = own_world.folder / "shards"
+    for name in ("train.manifest.json", "train.index.npy"):
+        (shards / name).unlink()
+    assert (
+        runpy.run_path(str(ROOT / "data_tools/index_shards.py"))["main"](
+            ["--input", str(shards), "--labels", "none", "--workers", "1"]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    message = spoiled(capsys, script="pretrain_teacher", options=["--method", "supervised"])
+    assert has(message, "--method supervised needs labels, but 60 of 60 samples", "index_shards.py --labels cls")
+
+
 def test_masks_that_were_not_made_yet(spoiled, capsys):
     assert has(spoiled(capsys), "masks/manifest.json: no mask store there", "precompute_masks.py", "mask.source=online")
 
@@ -307,3 +322,9 @@ def test_the_launcher_ends_with_our_exit_code_when_the_hostfile_is_not_there(own
     assert len(messages) == 1
     assert has(messages[0], "--hostfile nowhere does not exist", "HOST slots=GPUS")
     assert not (own_world.folder / "runs").exists()
+
+
+def test_a_pretrained_teacher_has_masks_of_its_own(spoiled, capsys):
+    overrides = ["student.mask_tokens=encoder", ONLINE]
+    message = spoiled(capsys, *overrides, script="pretrain_teacher", options=["--method", "mae"])
+    assert "student.mask_tokens must be none for method mae, got encoder" in message

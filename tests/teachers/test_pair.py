@@ -98,6 +98,39 @@ def test_stored_masks_choose_the_tokens(tiny_config, images):
     assert relation.calls == [6]
 
 
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_a_relation_teacher_that_drops_patches_says_which_and_relates_the_rest(at, tiny_config, images):
+    mask = MaskConfig(source="online", in_teacher="drop", at=at, layers=(0, 1), images_per_forward=4)
+    feature, relation = teachers(tiny_config, mask)
+    targets = pair_of(feature, relation, mask)(batch_of(images))
+    assert torch.equal(targets.keep_indices, online_keep_indices(relation, images, mask))
+    # The first stage sees what a whole teacher's does; what comes after it has looked at fewer tokens.
+    first = build_teacher(tiny_config, mask=MaskConfig(layers=(0,), at=at))(images).stage_tokens[0]
+    among = keep_least_redundant(first, 11)
+    assert all(
+        set(kept.tolist()) < set(first.tolist()) for kept, first in zip(targets.keep_indices, among, strict=True)
+    )
+    masked_after = expected_relation(tiny_config, images, -2, targets.keep_indices, cls=True)
+    assert targets.relations[1].shape == masked_after.shape == (6, 3, 8, 8)
+    assert not torch.allclose(targets.relations[1].double(), masked_after, rtol=1e-3)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("target", ["attention", "features"])
+@pytest.mark.parametrize("source", ["online", "store"])
+def test_the_relation_teacher_gives_tokens_of_its_layers(source, target, cls, tiny_config, images):
+    mask = MaskConfig(source=source, images_per_forward=4)
+    layers = {"relation_layers": (-3, -2), "layer_output": target}
+    relation = build_teacher(tiny_config, role="relation", grid_size=4, mask=mask, **layers)
+    keep = None if source == "online" else torch.stack([torch.randperm(16)[:5].sort().values for _ in images])
+    targets = pair_of(None, relation, mask, cls=cls, target=target)(batch_of(images, keep))
+    whole = build_teacher(tiny_config, **layers)(images).layer_tokens
+    for ours, everything in zip(targets.relations, whole, strict=True):
+        rows = [([0] if cls else []) + (1 + kept).tolist() for kept in targets.keep_indices]
+        wanted = torch.stack([image[row] for image, row in zip(everything, rows, strict=True)])
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_random_masks_are_those_of_sample_view_and_seed(tiny_config, images):
     mask = MaskConfig(strategy="random", keep_ratio=0.25)
     feature, _ = teachers(tiny_config, mask)

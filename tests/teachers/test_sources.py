@@ -1,4 +1,5 @@
 import argparse
+from functools import partial
 
 import open_clip
 import pytest
@@ -43,6 +44,78 @@ def test_an_open_clip_tower_becomes_a_timm_model_with_equal_tokens(clip_config, 
     assert (ours - reference).norm() <= 1e-5 * reference.norm()
     assert teacher.target_dim == ours.shape[-1]
     assert teacher.preprocess.mean == open_clip.OPENAI_DATASET_MEAN
+
+
+TRUNKS = {
+    "EVA-02, its head as projection": ("eva02_tiny_patch14_224", "token", None),
+    "EVA-02, norm behind the pooling": ("eva02_tiny_patch14_224", "avg", None),
+    "EVA-02, a projection of open_clip's": ("eva02_tiny_patch14_224", "", "linear"),
+    "timm's CLIP": ("vit_tiny_patch16_224", "token", None),
+    "norm behind the pooling": ("vit_tiny_patch16_224", "avg", None),
+    "a projection of open_clip's": ("vit_tiny_patch16_224", "", "linear"),
+}
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize("target", ["norm", "projected"])
+def test_a_tower_that_is_timm_s_own_gives_open_clip_s_tokens(trunk, target, monkeypatch, tmp_path, images):
+    name, pool, projection = TRUNKS[trunk]
+    vision = {"image_size": 224, "timm_model_name": name, "timm_pool": pool, "timm_proj": projection}
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["tiny"])
+    monkeypatch.setattr(open_clip, "get_model_config", lambda _name: {"embed_dim": 24, "vision_cfg": vision})
+    torch.manual_seed(0)
+    tower = _build_vision_tower(24, CLIPVisionCfg(**vision)).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    state = {f"visual.{k}": v for k, v in tower.state_dict().items()}
+    torch.save({**state, "logit_scale": torch.ones(()), "text.ln_final.bias": torch.ones(3)}, tmp_path / "clip.bin")
+    teacher = build_teacher(TeacherConfig(name=f"open_clip:tiny/{tmp_path}/clip.bin", target=target))
+    with torch.no_grad():
+        tokens = tower.trunk.forward_features(teacher.preprocess(images[:2], torch.float32))
+        tokens = tower.trunk.fc_norm(tokens)[:, tower.trunk.num_prefix_tokens :]
+        reference = tower.head(tower.trunk.head(tokens)) if target == "projected" else tokens
+    ours = teacher(images[:2]).patch_tokens
+    assert (ours - reference).norm() <= 1e-5 * reference.norm()
+    assert teacher.target_dim == ours.shape[-1]
+
+
+def test_open_clip_names_of_eva_02_and_siglip_become_timm_s_models_with_their_normalisation():
+    for name, model, mean in (
+        ("EVA02-B-16", "Eva", open_clip.OPENAI_DATASET_MEAN),
+        ("PE-Core-T-16-384", "Eva", (0.5, 0.5, 0.5)),
+        ("ViT-B-16-SigLIP", "VisionTransformer", (0.5, 0.5, 0.5)),
+    ):
+        with torch.device("meta"):
+            source = load_source(TeacherConfig(name=f"open_clip:{name}/random"), "feature_teacher")
+        assert (type(source.model).__name__, source.mean) == (model, mean)
+
+
+def test_openai_s_weights_need_a_model_with_quick_gelu(monkeypatch, tmp_path, clip_config):
+    tower = _build_vision_tower(24, CLIPVisionCfg(**clip_config["vision_cfg"]), quick_gelu=True)
+    marks = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.ones(()))
+    state = {**{f"visual.{k}": v for k, v in tower.state_dict().items()}, **marks}
+    torch.save(state, tmp_path / "clip.pt")
+    by_name = load_source(TeacherConfig(name=f"open_clip:tiny/{tmp_path}/clip.pt"), "feature_teacher").model
+    assert type(by_name.blocks[0].mlp.act).__name__ == "QuickGELU"
+    monkeypatch.setattr("hdscale.teachers.sources.fit_state", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(timm, "create_model", partial(_untrained, timm.create_model))
+    with torch.device("meta"):
+        for config in (
+            TeacherConfig(name="vit_base_patch16_clip_224", weights=str(tmp_path / "clip.pt")),
+            TeacherConfig(name="vit_base_patch16_clip_224.openai"),
+        ):
+            with pytest.raises(
+                UserError, match=r"feature_teacher\.name: OpenAI .* choose vit_\*_clip_quickgelu_\*, or"
+            ):
+                load_source(config, "feature_teacher")
+            quick = config.model_copy(update={"name": config.name.replace("clip_", "clip_quickgelu_")})
+            load_source(quick, "feature_teacher")
+
+
+def _untrained(create, *args, pretrained, **kwargs):
+    del pretrained
+    return create(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +176,7 @@ def test_position_embeddings_of_another_grid_are_interpolated():
         ({"name": "vit_tny_patch16_224"}, r"relation_teacher\.name must be a timm model, .* did you mean"),
         (
             {"name": "swin_tiny_patch4_window7_224"},
-            r"relation_teacher\.name must be a timm VisionTransformer, got a Swin",
+            r"relation_teacher\.name must be a timm VisionTransformer or Eva, got a Swin",
         ),
         ({"name": "vit_tiny_patch16_224", "target": "projected"}, r"relation_teacher\.target projected needs a CLIP"),
         (
@@ -115,8 +188,12 @@ def test_position_embeddings_of_another_grid_are_interpolated():
             r"relation_teacher\.name: the vision tower of RN50 is no transformer",
         ),
         (
-            {"source": "open_clip", "name": "ViT-B-16-SigLIP"},
-            r"timm's own vit_base_patch16_siglip_224; set source to timm",
+            {"source": "open_clip", "name": "convnext_base"},
+            r"relation_teacher\.name must be a timm VisionTransformer or Eva, got a ConvNeXt",
+        ),
+        (
+            {"source": "open_clip", "name": "ViT-B-16-SigLIP", "target": "projected"},
+            r"relation_teacher\.target projected needs .* of each token, ViT-B-16-SigLIP projects otherwise; set it to",
         ),
         ({"source": "open_clip", "name": "coca_ViT-B-32"}, r"coca_ViT-B-32 uses attentional_pool"),
         (
@@ -134,7 +211,7 @@ def test_position_embeddings_of_another_grid_are_interpolated():
     ],
 )
 def test_teachers_that_are_not_there_are_refused_in_one_line(section, message, monkeypatch):
-    with pytest.raises(UserError, match=message) as caught:
+    with torch.device("meta"), pytest.raises(UserError, match=message) as caught:
         load_source(TeacherConfig(**{"weights": "random", **section}), "relation_teacher")
     assert "\n" not in str(caught.value)
 

@@ -260,6 +260,88 @@ def test_nothing_keeps_queries_alive_after_the_output_is_gone():
     assert not encoder.model.blocks[1].attn.q_norm._forward_hooks
 
 
+def reference_layer_tokens(model, layer, output, x):
+    """What a block gives, or its attention, seen by a hook on timm's own forward."""
+    seen = []
+    module = model.blocks[layer] if output == "features" else model.blocks[layer].attn
+    handle = module.register_forward_hook(lambda _module, _args, result: seen.append(result))
+    model.forward_features(x)
+    handle.remove()
+    return seen[0]
+
+
+@every_kind
+@pytest.mark.parametrize("output", ["attention", "features"])
+def test_relation_layers_give_tokens_where_these_are_asked_for(kind, output):
+    model = model_of(kind)
+    num_prefix = model.num_prefix_tokens
+    with torch.no_grad():
+        reference = [reference_layer_tokens(model, layer, output, images()) for layer in (2, 0)]
+        arguments = {"relation_layers": (-2, 0), "layer_output": output, "tokens": "full"}
+        everything, kept = (ViTEncoder(model, **arguments)(images(), keep) for keep in (None, KEEP))
+        pruned = ViTEncoder(model, **arguments, final=None, prune=True)
+        from_pruned = pruned(images(), KEEP)
+    assert len(pruned.model.blocks) == 3
+    assert everything.queries == everything.keys == ()
+    for layer, wanted in enumerate(reference):
+        assert close(everything.layer_tokens[layer], wanted)
+        assert close(kept.layer_tokens[layer], rows_of(wanted, KEEP, num_prefix, 1))
+        assert close(from_pruned.layer_tokens[layer], rows_of(wanted, KEEP, num_prefix, 1))
+
+
+@pytest.mark.parametrize("output", ["attention", "features"])
+def test_the_last_block_gives_tokens_of_the_kept_patches_when_it_finishes_no_others(output):
+    model = model_of("mae or deit")
+    with torch.no_grad():
+        reference = rows_of(reference_layer_tokens(model, 3, output, images()), KEEP, 1, 1)
+        teacher = ViTEncoder(model, relation_layers=(3,), layer_output=output, tokens="full", prune=True)
+        assert isinstance(teacher.model.blocks[3], KeptQueryBlock)
+        assert close(teacher(images(), KEEP).layer_tokens[0], reference)
+
+
+def dropping_forward(model, x, stages, at, share):
+    """The same with plain loops: the patches of each image that are left, and Q of every block, before and after."""
+    tokens, kept, queries = model._pos_embed(model.patch_embed(x)), [list(range(16))] * len(x), []
+
+    def drop(tokens):
+        patches = tokens[:, 1:]
+        staying = (patches.norm(dim=-1).argsort(dim=1)[:, : int(share * patches.shape[1])]).sort(dim=1).values
+        rows = [[0] + [1 + int(place) for place in image] for image in staying]
+        return staying, torch.stack([image[row] for image, row in zip(tokens, rows, strict=True)])
+
+    for index, block in enumerate(model.blocks):
+        for when in ("input", "output"):
+            if when == "output":
+                normed = block.norm1(tokens)
+                queries.append((kept, (normed @ block.attn.qkv.weight.T + block.attn.qkv.bias)[..., :48]))
+                tokens = block(tokens)
+            if at == when and index in stages:
+                staying, tokens = drop(tokens)
+                kept = [[old[int(place)] for place in image] for old, image in zip(kept, staying, strict=True)]
+    return torch.tensor(kept), queries
+
+
+@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize("at", ["input", "output"])
+def test_patches_that_a_stage_drops_go_no_further(at, prune):
+    model, stages = model_of("mae or deit"), (0, 2)
+
+    def drop(tokens):
+        return tokens.norm(dim=-1).argsort(dim=1)[:, : int(0.7 * tokens.shape[1])].sort(dim=1).values
+
+    with torch.no_grad():
+        kept, queries = dropping_forward(model, images(), stages, at, 0.7)
+        arguments = {"relation_layers": (0, 1, 3), "stage_layers": stages, "stage_at": at, "final": None}
+        output = ViTEncoder(model, **arguments, tokens="full", drop=drop, prune=prune)(images())
+    assert torch.equal(output.keep_indices, kept)
+    assert kept.shape == (3, 7)
+    for ours, layer in zip(output.queries, (0, 1, 3), strict=True):
+        there, everything = queries[layer]
+        rows = [[0] + [1 + old.index(int(place)) for place in new] for old, new in zip(there, kept, strict=True)]
+        wanted = torch.stack([image[row] for image, row in zip(everything, rows, strict=True)])
+        assert close(ours.transpose(1, 2).flatten(2), wanted)
+
+
 def test_layers_a_model_does_not_have_are_refused():
     assert resolve_layers((-3, 2), 4, "relation.layers") == (1, 2)
     with pytest.raises(UserError, match=r"relation\.layers must be between -4 and 3 .* 4 blocks, got 4"):

@@ -1,0 +1,122 @@
+"""Transformer blocks between student and head: the asymmetric decoder of Section 2, removed at export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from hdscale.errors import UserError
+from hdscale.vit.position import sincos_position_embedding
+from hdscale.vit.tokens import take_rows, token_rows
+
+if TYPE_CHECKING:
+    from hdscale.config.recipe import StudentConfig
+    from hdscale.student.build import Student
+
+_EPS = 1e-6
+
+
+class TransformerDecoder(nn.Module):
+    """A narrow ViT behind the student (dBOT, MAE): prefix tokens and patches, with positions of their own, in order."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        decoder_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        grid_size: int,
+        num_prefix_tokens: int,
+        drop_path: float,
+        mask_tokens: bool,
+    ) -> None:
+        """Draw random weights from torch's generator.
+
+        Args:
+            embed_dim: D, the student's width.
+            decoder_dim: width of the blocks; a Linear stands before them where it is not D.
+            depth: blocks.
+            num_heads: of their attention.
+            grid_size: patches along one side.
+            num_prefix_tokens: P.
+            drop_path: stochastic depth of the last block, rising linearly from 0 (dBOT: as the student's).
+            mask_tokens: put a learnt token where the student saw nothing. Without, it decodes the places it is given.
+        """
+        super().__init__()
+        self.decoder_dim = decoder_dim
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_patches = grid_size**2
+        self.embed = nn.Identity() if decoder_dim == embed_dim else nn.Linear(embed_dim, decoder_dim)
+        self.register_buffer("pos_embed", sincos_position_embedding(decoder_dim, grid_size, num_prefix_tokens))
+        rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
+        self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, qkv_bias=True, drop_path=rate) for rate in rates)
+        self.norm = nn.LayerNorm(decoder_dim, eps=_EPS)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # Only where it is used: a parameter without a gradient stalls ZeRO.
+        self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02) if mask_tokens else None
+
+    def forward(self, prefix_tokens: Tensor, patch_tokens: Tensor, keep_indices: Tensor | None) -> Tensor:
+        """Decode.
+
+        Args:
+            prefix_tokens: (B, P, D) of the student.
+            patch_tokens: (B, K, D) of the kept patches, or (B, N, D) of all.
+            keep_indices: (B, K) int64 ascending; None: all patches.
+
+        Returns:
+            (B, K or N, decoder width): with mask tokens, of all N patches.
+        """
+        x = self.embed(torch.cat([prefix_tokens, patch_tokens], dim=1))
+        if self.mask_token is not None and keep_indices is not None:
+            x = self._fill(x, keep_indices)
+        positions = self.pos_embed.to(x.dtype)  # DeepSpeed leaves buffers in float32
+        if keep_indices is not None and x.shape[1] != positions.shape[1]:
+            rows = token_rows(keep_indices, self.num_prefix_tokens)
+            positions = take_rows(positions.expand(len(x), -1, -1), rows)
+        x = x + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, self.num_prefix_tokens :])
+
+    def _fill(self, x: Tensor, keep_indices: Tensor) -> Tensor:
+        """Put mask tokens where nothing was seen: (B, P + K, width) to (B, P + N, width) in the image's order."""
+        assert self.mask_token is not None
+        prefix, seen = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        everywhere = self.mask_token.to(x.dtype).expand(len(x), self.num_patches, -1)
+        places = keep_indices.unsqueeze(-1).expand_as(seen)
+        return torch.cat([prefix, everywhere.scatter(1, places, seen)], dim=1)
+
+
+def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> TransformerDecoder | None:
+    """Build the blocks of `student.decoder: transformer`; None for other decoders.
+
+    Raises:
+        UserError: the width is no multiple of the heads, or of the 4 parts of a sin-cos embedding.
+    """
+    if config.decoder != "transformer":
+        return None
+    dim = config.decoder_dim or student.embed_dim
+    heads = config.decoder_heads or student.num_heads
+    if dim % heads or dim % 4:
+        raise UserError(f"student.decoder_dim must be a multiple of 4 and of student.decoder_heads {heads}, got {dim}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return TransformerDecoder(
+            student.embed_dim,
+            dim,
+            config.decoder_depth,
+            heads,
+            grid_size=student.grid_size,
+            num_prefix_tokens=student.num_prefix_tokens,
+            drop_path=config.drop_path,
+            mask_tokens=config.mask_tokens == "decoder",
+        )
