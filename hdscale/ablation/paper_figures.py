@@ -14,6 +14,7 @@ _RECONSTRUCTION = (  # Section 2.4: mask tokens go through the encoder, and a li
     "student.mask_tokens=encoder",
     "loss.features_on=hidden",
 )
+_FD = ("student.rel_pos_bias=true", "student.pos_embed=none", "student.layer_scale=0.1")
 _SHALLOW_NOTE = "A decoder of 2 layers instead of 8, for a student of 4 instead of 12."
 _DEPTH_NOTE = "The paper does not say how many layers this decoder has; here 8, dBOT's."
 _TEACHER_NOTE = "The paper does not name the teacher of this figure; here DeiT, as in Figure 2(a)."
@@ -105,7 +106,7 @@ PAPER_FIGURES = (
         (
             Row("deit", "(a) DeiT", model="@deit"),
             Row("symmetric", "(b) symmetric encoder"),
-            Row("asymmetric", "(c) asymmetric encoder", ("student.rel_pos_bias=true", "student.layer_scale=0.1")),
+            Row("asymmetric", "(c) asymmetric encoder", _FD),
         ),
         base=(_EPOCHS, "feature_teacher=@deit", *_DIRECT),
     ),

@@ -101,7 +101,7 @@ class Planner:
 
     def _student_row(self, row: Row, seed: int) -> Plan:
         table, scale, output, added = self._settings
-        own = [*scale.overrides, *table.base, *row.overrides, *(row.demo if scale.is_demo else ()), *added]
+        own = [*scale.overrides, *table.base, *row.overrides, *(row.demo if scale.is_demo else row.full), *added]
         resolved, jobs = self._resolve(_last_of_each(own), seed)
         resolved += [f"run.root={output / 'runs'}", f"run.seed={seed}"]
         recipe = load_recipe(scale.recipe, resolved)

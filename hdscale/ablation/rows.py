@@ -31,6 +31,7 @@ class Row(NamedTuple):
     overrides: tuple[str, ...] = ()
     paper: Paper | None = None
     demo: tuple[str, ...] = ()  # overrides of a student of 4 layers
+    full: tuple[str, ...] = ()  # overrides at the paper's scale, such as another method's own optimiser
     model: str = ""  # a teacher that is measured as it is, such as `@mae`: nothing is trained
     against: str = ""  # row it is compared with; empty: the table's reference
 

@@ -71,7 +71,7 @@ _DEMO = Scale(
         "supervised": Training("supervised", _DEMO_TEACHER, (_DEMO_SHARDS,), Path("demo/runs/supervised")),
         "mae_weak": Training("mae", _DEMO_TEACHER, (_DEMO_SHARDS, "schedule.epochs=5", "schedule.warmup_epochs=1")),
     },
-    epochs={"ablation": "18", "main": "18", "long": "54"},
+    epochs={"ablation": "18", "main": "18", "stage": "18", "long": "54"},
     ranks=2,
     on_cpu=True,
     stores_masks=False,
@@ -112,7 +112,7 @@ _B_IN1K = Scale(
             ),
         )
     },
-    epochs={"ablation": "100", "main": "300", "long": "300"},
+    epochs={"ablation": "100", "main": "300", "stage": "150", "long": "300"},
     ranks=8,
     on_cpu=False,
     stores_masks=True,
