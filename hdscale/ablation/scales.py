@@ -76,7 +76,10 @@ _DEMO = Scale(
     on_cpu=True,
     stores_masks=False,
     shards=("--source", "digits", "--val-fraction", "0.2", "--samples-per-shard", "256"),
-    notes=("1,797 scanned digits, students and teachers of 4 layers, 64 wide; 18 epochs. Not the paper's setting.",),
+    notes=(
+        "1,797 scanned digits, students and teachers of 4 layers, 64 wide; 18 epochs unless the command "
+        "says otherwise. Not the paper's setting.",
+    ),
     stand_ins={
         "deit": f"For DeiT stands {_SUPERVISED}.",
         "clip": f"For CLIP stands {_SUPERVISED}: there is no text here, rows differ from DeiT's in name only.",
