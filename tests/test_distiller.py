@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
-from hdscale.distiller import build_distiller, check_heads, load_student, relations_include_cls
+from hdscale.distiller import build_distiller, check_heads, load_decoder, load_student, relations_include_cls
 from hdscale.errors import UserError
 from hdscale.types import Targets
 
@@ -198,6 +198,25 @@ def test_a_loaded_student_gives_the_trained_students_features(images):
     loaded = load_student(STUDENT, 32, distiller.state_dict())
     assert torch.equal(loaded(images).patch_tokens, distiller.student(images).patch_tokens)
     assert not loaded.training
+
+
+def test_a_loaded_decoder_is_the_trained_one(images):
+    config = STUDENT.model_copy(update={"decoder": "transformer", "decoder_depth": 2, "decoder_dim": 16})
+    distiller = make(student=config).eval()
+    with torch.no_grad():
+        for parameter in distiller.decoder.parameters():
+            parameter.add_(1.0)
+    student = load_student(config, 32, distiller.state_dict())
+    decoder = load_decoder(config, student, distiller.state_dict())
+    output = student(images)
+    tokens = output.prefix_tokens, output.patch_tokens, None
+    assert torch.equal(decoder(*tokens), distiller.decoder(*tokens))
+    assert not decoder.training
+    assert load_decoder(STUDENT, student, make().state_dict()) is None
+    assert load_decoder(config, student, make().state_dict()) is None  # trained without a feature teacher
+    other = config.model_copy(update={"decoder_depth": 3})
+    with pytest.raises(UserError, match=r"does not fit student\.\*.*recipe\.yaml"):
+        load_decoder(other, student, distiller.state_dict())
 
 
 def test_weights_of_another_architecture_are_refused():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from hdscale.config.loading import load_run_recipe
+from hdscale.distiller import load_decoder
 from hdscale.engine.checkpoint import require_checkpoint
 from hdscale.engine.metrics import read_metrics
 from hdscale.evaluation.accuracy import Accuracy
@@ -16,9 +17,14 @@ from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
 from hdscale.evaluation.runs import TrainedRun, student_subject
-from hdscale.evaluation.subjects import held_out_features, measure_attention, teacher_subject
+from hdscale.evaluation.subjects import (
+    held_out_features,
+    measure_attention,
+    measure_decoder_attention,
+    teacher_subject,
+)
 from hdscale.staging import staged
-from hdscale.student.build import student_grid_size
+from hdscale.student.build import Student, student_grid_size
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +32,8 @@ if TYPE_CHECKING:
     from hdscale.ablation.plan import Plan
     from hdscale.evaluation.subjects import Subject
 
-_FORMAT = 1
+_FORMAT = 2
+_PARTS = ("knn", "probe", "curves", "decoder_curves")
 
 
 class Measures(NamedTuple):
@@ -35,6 +42,7 @@ class Measures(NamedTuple):
     knn: Accuracy
     probe: Accuracy
     curves: AttentionCurves  # of every layer of the student, without decoder
+    decoder_curves: AttentionCurves | None  # of every layer of its decoder
     gflops: float | None  # of a training step an image, teachers included; None: nothing was trained
     images_per_second: float | None  # of training, over all ranks: median of the logged steps
     environment: dict[str, Any] | None  # what the run wrote down
@@ -83,11 +91,14 @@ def measure_plan(
 
 
 def _measure(plan: Plan, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
-    gflops = environment = None
+    gflops = environment = decoder = None
     if plan.folder is None:
         subject = _teacher(plan)
     else:
-        subject = student_subject(read_run(plan.folder))
+        trained = read_run(plan.folder)
+        subject = student_subject(trained)
+        assert isinstance(subject.model, Student)
+        decoder = load_decoder(trained.recipe.student, subject.model, trained.weights)
         steps = [line["flops_per_image"] for line in read_metrics(plan.folder) if line.get("flops_per_image")]
         gflops = steps[-1] / 1e9 if steps else None
         environment = json.loads((plan.folder / "environment.json").read_text())
@@ -96,8 +107,13 @@ def _measure(plan: Plan, train_samples: int | None, device: torch.device, stream
     features = held_out_features(subject, held_out, device, stream)
     curves = measure_attention(subject, held_out, recipe.evaluation.attention_images, device)
     assert curves is not None, "a model has attention"
-    knn = knn_accuracy(*features, recipe.evaluation.neighbors)
-    return Measures(knn, linear_probe(*features), curves, gflops, subject.images_per_second, environment)
+    decoder_curves = None
+    if decoder is not None:
+        assert isinstance(subject.model, Student)
+        images = recipe.evaluation.attention_images
+        decoder_curves = measure_decoder_attention(subject.model, decoder, held_out, images, device)
+    knn, probe = knn_accuracy(*features, recipe.evaluation.neighbors), linear_probe(*features)
+    return Measures(knn, probe, curves, decoder_curves, gflops, subject.images_per_second, environment)
 
 
 def _teacher(plan: Plan) -> Subject:
@@ -109,7 +125,7 @@ def _teacher(plan: Plan) -> Subject:
 
 
 def _values(measures: Measures) -> dict[str, Any]:
-    parts = {name: getattr(measures, name)._asdict() for name in ("knn", "probe", "curves")}
+    parts = {name: part._asdict() for name in _PARTS if (part := getattr(measures, name)) is not None}
     return measures._asdict() | parts
 
 
@@ -120,7 +136,9 @@ def _read(file: Path, of: dict[str, Any]) -> Measures | None:
         if content.pop("of") != of:
             return None
         content["knn"], content["probe"] = (Accuracy(**content[name]) for name in ("knn", "probe"))
-        content["curves"] = AttentionCurves(*(tuple(content["curves"][name]) for name in AttentionCurves._fields))
+        for name in ("curves", "decoder_curves"):
+            if content[name] is not None:
+                content[name] = AttentionCurves(*(tuple(content[name][part]) for part in AttentionCurves._fields))
         return Measures(**content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -56,7 +56,8 @@ def render_csv(report: Report) -> str:
     text = io.StringIO()
     columns = [column for name in _FIGURES for column in (name, f"{name}_spread", f"{name}_standard_error")]
     header = ["table", "row", "name", "seeds", "paper_ap_box", "paper_ap_mask", "paper_miou", *columns]
-    header += ["gflops_per_image", "images_per_second", "head_distance_by_layer", "nmi_by_layer", "runs"]
+    header += ["gflops_per_image", "images_per_second", "head_distance_by_layer", "nmi_by_layer"]
+    header += ["head_distance_by_decoder_layer", "nmi_by_decoder_layer", "runs"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for result in report.results:
@@ -71,7 +72,11 @@ def render_csv(report: Report) -> str:
                 *(value for figure in figures for value in figure),
                 result.cost("gflops"),
                 result.cost("images_per_second"),
-                *(" ".join(f"{value:.6g}" for value in result.by_layer(name)) for name in ("head_distance", "nmi")),
+                *(
+                    " ".join(f"{value:.6g}" for value in result.by_layer(name, part))
+                    for part in ("curves", "decoder_curves")
+                    for name in ("head_distance", "nmi")
+                ),
                 " ".join(result.folders),
             ]
         )
@@ -102,7 +107,11 @@ def _main_table(report: Report) -> list[str]:
 def _layer_table(report: Report, name: str) -> list[str]:
     """Curves over layers, one column a layer; rows of fewer layers have empty cells at the end."""
     called, unit, decimals = _FIGURES[name]
-    curves = [(result.row.name, result.by_layer(name)) for result in report.results]
+    curves = []
+    for result in report.results:
+        curves.append((result.row.name, result.by_layer(name)))
+        if decoder := result.by_layer(name, "decoder_curves"):
+            curves.append((f"{result.row.name}: its decoder", decoder))
     depth = max((len(curve) for _, curve in curves), default=0)
     header = [f"{called}{unit}, layer", *(str(layer) for layer in range(1, depth + 1))]
     return _grid(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +42,9 @@ class RowResult(NamedTuple):
         error = spread / math.sqrt(len(values)) if spread > 0 else sampling
         return Figure(mean, spread, error)
 
-    def by_layer(self, name: str) -> list[float]:
-        """Return `head_distance` or `nmi` of every layer, means over seeds."""
-        curves = [getattr(measures.curves, name) for measures in self.measures]
+    def by_layer(self, name: str, part: Literal["curves", "decoder_curves"] = "curves") -> list[float]:
+        """Return `head_distance` or `nmi` of every layer of the student, or of its decoder, means over seeds."""
+        curves = [getattr(of, name) for measures in self.measures if (of := getattr(measures, part)) is not None]
         return [statistics.fmean(layer) for layer in zip(*curves, strict=True)]
 
     def cost(self, name: str) -> float | None:

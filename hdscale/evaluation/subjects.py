@@ -13,6 +13,8 @@ from hdscale.vit.build import weight_dtype
 from hdscale.vit.encoder import ViTEncoder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from hdscale.evaluation.accuracy import Accuracy
     from hdscale.evaluation.held_out import HeldOut
     from hdscale.student.build import Student
+    from hdscale.student.decoder import TransformerDecoder
     from hdscale.teachers.build import FrozenTeacher
     from hdscale.types import ViTOutput
 
@@ -105,6 +108,37 @@ def measure_attention(
     def encode(images: Tensor) -> ViTOutput:
         return encoder(model.preprocess(images.to(device), weight_dtype(encoder.model)))
 
+    return _curves(encode, model, held_out, num_images)
+
+
+def measure_decoder_attention(
+    student: Student, decoder: TransformerDecoder, held_out: HeldOut, num_images: int, device: torch.device
+) -> AttentionCurves:
+    """Compute head distance and NMI of every layer of a student's decoder (Figures 2(b) and 3(a)); no patch is masked.
+
+    Args:
+        student: moved to the device, as the next.
+        decoder: it was trained with.
+        held_out: its held-out side is used.
+        num_images: how many.
+        device: where the models run.
+    """
+    student.to(device).eval()
+    decoder.to(device).eval()
+
+    def encode(images: Tensor) -> ViTOutput:
+        output = student(images.to(device))
+        assert output.prefix_tokens is not None
+        assert output.patch_tokens is not None
+        queries, keys = decoder.queries_and_keys(output.prefix_tokens, output.patch_tokens)
+        return output._replace(queries=queries, keys=keys, attention_bias=None)
+
+    return _curves(encode, student, held_out, num_images)
+
+
+def _curves(
+    encode: Callable[[Tensor], ViTOutput], model: Student | FrozenTeacher, held_out: HeldOut, num_images: int
+) -> AttentionCurves:
     return attention_curves(
         encode,
         held_out.val,

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hdscale.errors import UserError
+from hdscale.vit.encoder import with_queries_and_keys
 from hdscale.vit.position import sincos_position_embedding
 from hdscale.vit.tokens import take_rows, token_rows
 
@@ -75,6 +76,23 @@ class TransformerDecoder(nn.Module):
         Returns:
             (B, K or N, decoder width): with mask tokens, of all N patches.
         """
+        x = self._start(prefix_tokens, patch_tokens, keep_indices)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, self.num_prefix_tokens :])
+
+    def queries_and_keys(
+        self, prefix_tokens: Tensor, patch_tokens: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return Q and K of every block, each (B, A, P + N, E), of a student's tokens (B, P, D) and (B, N, D)."""
+        x, layers = self._start(prefix_tokens, patch_tokens, None), []
+        for block in self.blocks:
+            x, *taken = with_queries_and_keys(block, x)
+            layers.append(taken)
+        return tuple(query for query, _ in layers), tuple(key for _, key in layers)
+
+    def _start(self, prefix_tokens: Tensor, patch_tokens: Tensor, keep_indices: Tensor | None) -> Tensor:
+        """Return what goes into the first block: (B, P + K or N, width)."""
         x = self.embed(torch.cat([prefix_tokens, patch_tokens], dim=1))
         if self.mask_token is not None and keep_indices is not None:
             x = self._fill(x, keep_indices)
@@ -82,10 +100,7 @@ class TransformerDecoder(nn.Module):
         if keep_indices is not None and x.shape[1] != positions.shape[1]:
             rows = token_rows(keep_indices, self.num_prefix_tokens)
             positions = take_rows(positions.expand(len(x), -1, -1), rows)
-        x = x + positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, self.num_prefix_tokens :])
+        return x + positions
 
     def _fill(self, x: Tensor, keep_indices: Tensor) -> Tensor:
         """Put mask tokens where nothing was seen: (B, P + K, width) to (B, P + N, width) in the image's order."""

@@ -278,7 +278,7 @@ def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _with_queries_and_keys(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+def with_queries_and_keys(block: nn.Module, *args: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, ...]:
     """Run a block and return its tokens, Q and K (B, A, S, E) as its attention uses them."""
     attn = cast("Attention", block.attn)
     x, query, key = _hooked(block, (attn.q_norm, attn.k_norm), args, rope)
@@ -296,7 +296,7 @@ def _with_output(block: nn.Module, *args: Tensor | None, rope: Tensor | None = N
     return x, x
 
 
-_TAPPED = {"relation": _with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
+_TAPPED = {"relation": with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
 
 
 def _hooked(

@@ -24,11 +24,11 @@ TABLE = Table(
 )
 
 
-def measures(knn, probe=90, distance=15.0, nmi=0.1, trained=True):
+def measures(knn, probe=90, distance=15.0, nmi=0.1, trained=True, decoder=None):
     curves = AttentionCurves((16.0, 17.0, distance), (0.0, 0.05, nmi))
     environment = {"git_revision": "abc"} if trained else None
     rate, gflops = (200.0, 0.0123) if trained else (None, None)
-    return Measures(accuracy_of(knn, 100), accuracy_of(probe, 100), curves, gflops, rate, environment)
+    return Measures(accuracy_of(knn, 100), accuracy_of(probe, 100), curves, decoder, gflops, rate, environment)
 
 
 def result(key, *of):
@@ -134,3 +134,17 @@ def test_the_csv_has_unrounded_numbers_and_empty_cells_for_what_is_unknown():
     assert none["nmi_by_layer"] == "0 0.05 0.1"
     assert none["runs"] == "none-0 none-1"
     assert (random["seeds"], random["knn"], random["gflops_per_image"]) == ("0", "", "")
+
+
+def test_a_decoder_has_curves_of_its_own():
+    decoder = AttentionCurves((11.0, 12.0), (0.3, 0.4))
+    figure = TABLE._replace(key="fig3")
+    results = [result("none", measures(90)), result("random", measures(80, decoder=decoder))]
+    lines = render_markdown(Report(figure, results, 1, "command")).splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "its decoder" in line]
+    assert [row[1:] for row in rows] == [["11.0", "12.0", "-"], ["0.30", "0.40", "-"]]
+    first, second = csv.DictReader(io.StringIO(render_csv(Report(figure, results, 1, "command"))))
+    assert first["head_distance_by_decoder_layer"] == ""
+    assert second["head_distance_by_decoder_layer"] == "11 12"
+    assert second["nmi_by_decoder_layer"] == "0.3 0.4"
+    assert second["head_distance_by_layer"] == "16 17 15"

@@ -130,11 +130,22 @@ OTHERS = {
     "attention": ["relation.target=attention"],
     "features": ["relation.target=features", "relation.layers=[0, -1]", "student.embed_dim=36"],
     "dropping": ["mask.source=online", "mask.in_teacher=drop"],
+    "dbot": [
+        "mask.strategy=random",
+        "mask.keep_ratio=0.25",
+        "student.decoder=transformer",
+        "student.decoder_depth=2",
+        "student.mask_tokens=decoder",
+        "loss.features_on=hidden",
+    ],
+    "mask_tokens": ["student.mask_tokens=encoder", "loss.features_on=all"],
+    "fd": ["mask.strategy=none", "relation_teacher=null", "student.rel_pos_bias=true", "student.layer_scale=0.1"],
+    "eva": ["feature_teacher=timm:eva02_tiny_patch14_224/random"],
 }
 
 
-def other_targets(lab):
-    """Take a few steps with each of the paper's other targets and ways to mask."""
+def others(lab):
+    """Take a few steps with each of the paper's other targets, masks and baselines."""
     count = lab.ranks.world_size
     small = [f"optim.micro_batch_size={16 // count}", "schedule.stop_after=4"]
     return {
@@ -345,7 +356,7 @@ BY_RANKS = {
     "2": (
         masks,
         curves_of_two,
-        other_targets,
+        others,
         resume,
         interrupt,
         elastic_source,
@@ -355,7 +366,7 @@ BY_RANKS = {
         damaged,
         smoke_run,
     ),
-    "1": (curves_of_one, other_targets, foreign, elastic, spoiled_teacher, pretraining),
+    "1": (curves_of_one, others, foreign, elastic, spoiled_teacher, pretraining),
 }
 
 

@@ -5,8 +5,9 @@ import torch
 from hdscale.config.recipe import StudentConfig
 from hdscale.evaluation.curves import attention_curves
 from hdscale.evaluation.held_out import HeldOut
-from hdscale.evaluation.subjects import Subject, measure_attention
+from hdscale.evaluation.subjects import Subject, measure_attention, measure_decoder_attention
 from hdscale.student.build import build_student
+from hdscale.student.decoder import build_decoder
 from hdscale.types import Batch, ViTOutput
 
 GRID, PREFIX, HEADS, WIDTH = 3, 1, 2, 4
@@ -78,3 +79,20 @@ def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
 def test_pixels_have_no_attention():
     held_out = HeldOut(train=[], val=[], num_train=0, num_val=0, img_size=24)
     assert measure_attention(Subject("raw", "baseline", None), held_out, 2, torch.device("cpu")) is None
+
+
+def test_a_decoder_is_measured_at_every_layer_of_its_own():
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "decoder_depth": 2, "decoder_dim": 16}
+    config = StudentConfig(model="vit_tiny_patch16_224", decoder="transformer", **sizes)
+    student = build_student(config, 24, seed=0).eval()
+    decoder = build_decoder(config, student, seed=1)
+    batches = make_batches([2])
+    held_out = HeldOut(train=[], val=batches, num_train=0, num_val=2, img_size=24)
+    curves = measure_decoder_attention(student, decoder, held_out, 2, torch.device("cpu"))
+    with torch.no_grad():
+        output = student(batches[0].images)
+        queries, keys = decoder.queries_and_keys(output.prefix_tokens, output.patch_tokens)
+    assert len(curves.head_distance) == len(curves.nmi) == 2
+    for layer in range(2):
+        wanted = [reference(q, k, 8) for q, k in zip(queries[layer], keys[layer], strict=True)]
+        assert curves.head_distance[layer] == pytest.approx(np.mean([d for d, _ in wanted]), rel=1e-4)

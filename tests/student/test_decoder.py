@@ -95,3 +95,18 @@ def test_weights_follow_the_seed_and_leave_the_callers_random_state_alone():
 def test_widths_that_do_not_divide_are_refused(sizes):
     with pytest.raises(UserError, match=r"student\.decoder_dim must be a multiple of 4 and of student\.decoder_heads"):
         build(**sizes)
+
+
+@pytest.mark.parametrize("mask_tokens", ["none", "decoder"])
+def test_queries_and_keys_are_those_of_every_block_over_all_patches(mask_tokens):
+    decoder = build(decoder_dim=24, decoder_heads=3, mask_tokens=mask_tokens)
+    prefix, patches = tokens(16)
+    x = decoder.embed(torch.cat([prefix, patches], dim=1)) + sincos_position_embedding(24, 4, 1)
+    queries, keys = decoder.queries_and_keys(prefix, patches)
+    assert len(queries) == len(keys) == 2
+    for block, query, key in zip(decoder.blocks, queries, keys, strict=True):
+        linear = block.attn.qkv
+        parts = (block.norm1(x) @ linear.weight.T + linear.bias).split(24, dim=-1)
+        for ours, part in zip((query, key), parts[:2], strict=True):
+            torch.testing.assert_close(ours, part.unflatten(-1, (3, 8)).transpose(1, 2))
+        x = block(x)
