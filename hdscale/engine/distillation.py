@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from torch import nn
+
 from hdscale.cli import EXIT_DONE
 from hdscale.data.loader import view_fingerprint
 from hdscale.distiller import build_distiller
@@ -21,11 +23,12 @@ from hdscale.student.build import student_grid_size
 from hdscale.teachers.build import build_teacher, mask_stages
 from hdscale.teachers.pair import TeacherPair, masks_are_online
 from hdscale.teachers.weights import weights_digest
+from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
@@ -195,11 +198,22 @@ def _flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -
 
 
 def _sizes(model: Student | FrozenTeacher) -> ViTSizes:
-    mlp = getattr(model.encoder.model.blocks[0], "mlp", None)  # a teacher of first-block relations has none left
-    mlp_ratio = 4.0 if mlp is None else mlp.fc1.out_features / model.embed_dim
+    blocks = model.encoder.model.blocks
+    mlp = getattr(blocks[0], "mlp", None)  # a teacher of first-block relations has none left
+    weights = 0 if mlp is None else sum(layer.in_features * layer.out_features for layer in _linears(mlp))
     return ViTSizes(
-        model.depth, model.embed_dim, model.grid_size**2, model.patch_size, model.num_prefix_tokens, mlp_ratio
+        model.depth,
+        model.embed_dim,
+        model.grid_size**2,
+        model.patch_size,
+        model.num_prefix_tokens,
+        weights / (2 * model.embed_dim**2),
+        is_plain=is_plain(blocks[-1]) or isinstance(blocks[-1], KeptQueryBlock | QueryKeyBlock),
     )
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:

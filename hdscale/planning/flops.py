@@ -21,7 +21,8 @@ class ViTSizes(NamedTuple):
     num_patches: int
     patch_size: int  # pixels
     num_prefix_tokens: int = 1
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # weights of an MLP over 2 d^2: gated ones (SwiGLU) have half as many again as ungated
+    is_plain: bool = True  # timm's standard blocks: of others, hdscale.vit.pruning leaves none out by halves
 
 
 class DecoderSizes(NamedTuple):
@@ -43,7 +44,7 @@ class HeadSizes(NamedTuple):
 
 def block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float = 4.0) -> int:
     """FLOPs of one block's forward: 24 n d^2 + 4 n^2 d at mlp_ratio 4."""
-    linears = 2 * num_tokens * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))
+    linears = 2 * num_tokens * embed_dim * (4 * embed_dim + _mlp_widths(embed_dim, mlp_ratio))
     return linears + 4 * num_tokens**2 * embed_dim
 
 
@@ -111,7 +112,9 @@ def relation_teacher_flops(
     whole_blocks = max((layer % vit.depth + (not with_qk) for layer in relation_layers), default=0)
     query_key = relations = 0
     if relation_layers and with_qk:
-        query_key = 2 * tokens[whole_blocks] * dim * 2 * dim if whole_blocks >= mask_blocks else 0
+        if whole_blocks >= mask_blocks:
+            count = tokens[whole_blocks]
+            query_key = 2 * count * dim * 2 * dim if vit.is_plain else block_flops(count, dim, vit.mlp_ratio)
         relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
     blocks = sum(block_flops(count, dim, vit.mlp_ratio) for count in tokens[: max(whole_blocks, mask_blocks)])
     return embed_flops(vit) + blocks + query_key + relations
@@ -121,7 +124,7 @@ def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_
     """FLOPs of the feature teacher's forward on one image, whose last block finishes prefix and kept tokens only.
 
     Args:
-        vit: the teacher, which sees all patches.
+        vit: the teacher, which sees all patches; the last block stays whole where it is not plain.
         num_keep: patches whose features are taken, or None for all: then nothing is pruned.
         projected_dim: width of CLIP's projection, where the target is projected.
     """
@@ -129,10 +132,10 @@ def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_
     block = block_flops(num_tokens, dim, vit.mlp_ratio)
     patches = vit.num_patches if num_keep is None else num_keep
     last = block
-    if num_keep is not None:
+    if num_keep is not None and vit.is_plain:
         key_value = 2 * num_tokens * dim * 2 * dim
         asking = _num_tokens(vit, num_keep)
-        rest = 2 * asking * dim * (2 * dim + 2 * int(dim * vit.mlp_ratio))  # query, projection and MLP
+        rest = 2 * asking * dim * (2 * dim + _mlp_widths(dim, vit.mlp_ratio))  # query, projection and MLP
         last = key_value + rest + 4 * asking * num_tokens * dim
     return embed_flops(vit) + (vit.depth - 1) * block + last + 2 * patches * dim * projected_dim
 
@@ -251,6 +254,11 @@ def _head_flops(vit: ViTSizes, num_keep: int | None, num_tokens: int, teacher_di
         decoded = num_tokens if head.mask_tokens == "none" else _num_tokens(vit)
         flops += decoder.depth * block_flops(decoded, dim, decoder.mlp_ratio)
     return flops + head.linear * 2 * _num_compared(vit, num_keep, head) * dim * teacher_dim
+
+
+def _mlp_widths(embed_dim: int, mlp_ratio: float) -> int:
+    """Sum the outer widths of an MLP's two Linears; timm rounds one down."""
+    return int(2 * embed_dim * mlp_ratio + 1e-6)
 
 
 def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:
