@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 class FrozenTeacher(nn.Module):
     """A backbone that never trains and never leaves eval mode, with its own preprocessing."""
 
-    def __init__(self, encoder: ViTEncoder, preprocess: Preprocess, *, depth: int, digest: str) -> None:
+    def __init__(self, encoder: ViTEncoder, preprocess: Preprocess, *, depth: int, num_heads: int, digest: str) -> None:
         """Freeze an encoder.
 
         Args:
             encoder: possibly pruned.
             preprocess: to the model's own input size, mean and deviation.
-            depth: blocks of the whole model.
+            depth: blocks of the whole model; a pruned one may have none left.
+            num_heads: attention heads of such a block.
             digest: of the whole model's weights, whatever was pruned since.
         """
         super().__init__()
@@ -48,7 +49,7 @@ class FrozenTeacher(nn.Module):
         self.digest = digest
         self.embed_dim = int(model.embed_dim)
         self.target_dim = int(model.num_classes) if encoder.final == "projected" else self.embed_dim
-        self.num_heads = num_heads(model)
+        self.num_heads = num_heads
         self.num_prefix_tokens = int(model.num_prefix_tokens)
         self.has_cls = model.cls_token is not None
         self.patch_size = patch_size(model)
@@ -99,7 +100,7 @@ def build_teacher(
     """
     model, mean, std = load_source(config, field)
     _set_input_size(model, config, grid_size, field)
-    depth, digest = len(model.blocks), weights_digest(model.state_dict())
+    depth, heads, digest = len(model.blocks), num_heads(model), weights_digest(model.state_dict())
     stages = MaskStages((), "output") if mask is None else mask_stages(mask, depth)
     encoder = ViTEncoder(
         model,
@@ -112,7 +113,7 @@ def build_teacher(
         prune=role is not None,
         drop=partial(keep_share, keep_ratio=mask.stage_keep_ratio) if mask and mask.in_teacher == "drop" else None,
     )
-    return FrozenTeacher(encoder, Preprocess(img_size(model), mean, std), depth=depth, digest=digest)
+    return FrozenTeacher(encoder, Preprocess(img_size(model), mean, std), depth=depth, num_heads=heads, digest=digest)
 
 
 class MaskStages(NamedTuple):

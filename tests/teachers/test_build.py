@@ -47,6 +47,15 @@ def test_a_role_prunes_and_changes_no_value(tiny_config, images):
     assert relation.depth == 4
 
 
+def test_a_teacher_that_only_masks_by_the_input_of_its_first_block_has_no_block_left(tiny_config, images):
+    mask = MaskConfig(layers=(0,), at="input")
+    teacher = build_teacher(tiny_config, role="relation", grid_size=4, mask=mask, field="relation_teacher")
+    whole = build_teacher(tiny_config, mask=mask)
+    assert len(teacher.encoder.model.blocks) == 0
+    assert (teacher.depth, teacher.num_heads) == (4, 3)
+    assert torch.equal(teacher(images).stage_tokens[0], whole(images).stage_tokens[0])
+
+
 def test_a_teacher_is_frozen_whatever_is_asked_of_it(tiny_config, images):
     teacher = build_teacher(tiny_config, role="feature", grid_size=4)
     before = weights_digest(teacher.state_dict())
