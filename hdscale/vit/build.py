@@ -33,7 +33,7 @@ def create_vit(field: str, arch: dict[str, Any], *, pretrained: bool = False, se
     model = _create(field, arch, pretrained=pretrained, seed=seed)
     if not isinstance(model, VisionTransformer):
         raise UserError(f"{field} must be a timm VisionTransformer, got a {type(model).__name__}; choose a vit_* model")
-    _check_grid(field, model)
+    _check_parts(field, model)
     return model
 
 
@@ -52,7 +52,7 @@ def create_teacher_vit(field: str, arch: dict[str, Any], *, pretrained: bool = F
     if model.dynamic_img_size:  # DINOv3's default; the input size of a teacher is known
         model = _create(field, {**arch, "dynamic_img_size": False}, pretrained=pretrained, seed=seed)
         assert isinstance(model, VisionTransformer | Eva)
-    _check_grid(field, model)
+    _check_parts(field, model)
     return model
 
 
@@ -98,7 +98,13 @@ def _create(field: str, arch: dict[str, Any], *, pretrained: bool, seed: int) ->
     return model
 
 
-def _check_grid(field: str, model: ViT) -> None:
+def _check_parts(field: str, model: ViT) -> None:
+    block = model.blocks[0]
+    if not isinstance(getattr(block, "attn", None), torch.nn.Module):
+        raise UserError(
+            f"{field} must have blocks of one attention and one MLP, got {type(block).__name__}; choose a plain ViT "
+            "such as vit_base_patch16_224"
+        )
     if not isinstance(model.patch_embed.proj, torch.nn.Conv2d):
         raise UserError(f"{field} must cut its patches by one convolution, got a stem of several layers")
     rows, columns = model.patch_embed.grid_size

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hdscale.errors import UserError
-from hdscale.vit.build import create_vit
+from hdscale.vit.build import create_teacher_vit, create_vit
 
 ARCH = {"model_name": "vit_tiny_patch16_224", "img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 
@@ -26,6 +26,8 @@ def test_weights_follow_the_seed_and_leave_the_random_state_alone():
             {"model_name": "vit_tiny_patch16_224.nobody"},
             r"student\.model: timm cannot create vit_tiny_patch16_224\.nobody",
         ),
+        ({"model_name": "vit_small_patch16_18x2_224"}, r"must have blocks of one attention.*got ParallelThingsBlock"),
+        ({"model_name": "vit_base_patch16_xp_224"}, r"must have blocks of one attention.*got ParallelScalingBlock"),
         ({"img_size": (32, 48)}, r"student\.model must have a fixed square grid of patches, got 2 x 3"),
     ],
 )
@@ -33,3 +35,8 @@ def test_models_that_cannot_be_run_are_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         create_vit("student.model", {**ARCH, **changes})
     assert "\n" not in str(caught.value)
+
+
+def test_teachers_of_parallel_blocks_are_refused_too():
+    with pytest.raises(UserError, match=r"feature_teacher\.name must have blocks of one attention.*choose a plain ViT"):
+        create_teacher_vit("feature_teacher.name", {**ARCH, "model_name": "vit_small_patch16_18x2_224"})
