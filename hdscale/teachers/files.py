@@ -85,3 +85,15 @@ def load_teacher_file(path: str | Path, field: str) -> TeacherFile:
         raise UserError(
             f"{field}: {path} is not a file of hdscale's; for other people's weights set source to timm or open_clip"
         ) from error
+
+
+def stored_normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and deviation from a file that `save_teacher_file` wrote; None for other files."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        about = (file.metadata() or {}).get("hdscale")
+    if about is None:
+        return None
+    said = json.loads(about)
+    return tuple(said["mean"]), tuple(said["std"])

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from timm.layers.activations import QuickGELU
+from timm.models import get_arch_pretrained_cfgs
 
 from hdscale.errors import UserError
-from hdscale.teachers.files import load_teacher_file
+from hdscale.teachers.files import load_teacher_file, stored_normalisation
 from hdscale.teachers.layouts import is_openai
 from hdscale.teachers.weights import fit_state, read_state
 from hdscale.vit.beit import from_beit, is_beit
@@ -57,9 +58,16 @@ def _from_timm(config: TeacherConfig, field: str) -> Source:
     pretrained = config.weights == "pretrained"
     model = create_teacher_vit(f"{field}.name", arch, pretrained=pretrained, seed=_RANDOM_SEED)
     openai = pretrained and config.name.endswith(".openai")
+    about: Any = model.pretrained_cfg
+    mean, std = tuple(about["mean"]), tuple(about["std"])
     if config.weights not in ("pretrained", "random"):
         where = f"{field}.weights"
         state = read_state(config.weights, where)
+        said = stored_normalisation(config.weights)
+        if said is None:
+            _check_tag(config.name, field)
+        else:
+            mean, std = said
         fit_state(model, state, source=f"{where}: {config.weights}")
         openai = is_openai(state)
     block: Any = model.blocks[0]
@@ -68,8 +76,19 @@ def _from_timm(config: TeacherConfig, field: str) -> Source:
             f"{field}.name: OpenAI trained CLIP with quick-GELU, {config.name} has another activation; "
             "choose vit_*_clip_quickgelu_*, or source open_clip"
         )
-    about: Any = model.pretrained_cfg
-    return Source(model, tuple(about["mean"]), tuple(about["std"]))
+    return Source(model, mean, std)
+
+
+def _check_tag(name: str, field: str) -> None:
+    """Refuse a name without a tag where it does not say how the images of a file's model were normalised."""
+    known = get_arch_pretrained_cfgs(name)
+    if "." not in name and len({(about.mean, about.std) for about in known.values()}) > 1:
+        tags = ", ".join(full.partition(".")[2] for full in known)
+        raise UserError(
+            f"{field}.name must have a tag, since timm normalises images for some weights of {name} otherwise than for "
+            f"others: add that of the weights which the file is or was made like, such as {list(known)[-1]} ({tags}), "
+            f"got {name}"
+        )
 
 
 def _from_open_clip(config: TeacherConfig, field: str) -> Source:

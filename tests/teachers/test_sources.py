@@ -10,6 +10,7 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from hdscale.config.recipe import TeacherConfig
 from hdscale.errors import UserError
 from hdscale.teachers.build import build_teacher
+from hdscale.teachers.files import save_teacher_file
 from hdscale.teachers.sources import load_source
 from hdscale.teachers.weights import fit_state, read_state
 
@@ -168,6 +169,25 @@ def test_position_embeddings_of_another_grid_are_interpolated():
     prefix, patches = big.pos_embed[:, :1], big.pos_embed[:, 1:].unflatten(1, (6, 6)).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(patches, (4, 4), mode="bicubic", antialias=True)
     assert torch.equal(small.pos_embed, torch.cat([prefix, resized.flatten(2).transpose(1, 2)], dim=1))
+
+
+def test_a_file_without_a_tag_is_refused_where_its_normalisation_would_be_guessed(tmp_path):
+    state = timm.create_model("vit_base_patch16_224", num_classes=0).state_dict()
+    torch.save({"model": state}, tmp_path / "mae_pretrain_vit_base.pth")
+    where = f"{tmp_path}/mae_pretrain_vit_base.pth"
+    with pytest.raises(UserError, match=r"feature_teacher\.name must have a tag, .*_224\.mae .* got vit"):
+        load_source(TeacherConfig(name=f"timm:vit_base_patch16_224/{where}"), "feature_teacher")
+    source = load_source(TeacherConfig(name=f"timm:vit_base_patch16_224.mae/{where}"), "feature_teacher")
+    assert (source.mean, source.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_a_file_of_ours_by_timm_s_name_keeps_its_own_normalisation(tmp_path):
+    arch = {"model_name": "vit_tiny_patch16_224", "num_classes": 0}
+    path = tmp_path / "student.safetensors"
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    save_teacher_file(path, timm.create_model(**arch).state_dict(), arch, mean, std, kind="student")
+    source = load_source(TeacherConfig(name=f"timm:vit_tiny_patch16_224/{path}"), "feature_teacher")
+    assert (source.mean, source.std) == (mean, std)
 
 
 @pytest.mark.parametrize(
