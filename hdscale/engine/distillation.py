@@ -274,6 +274,7 @@ def store_fingerprint(
     return mask_fingerprint(
         recipe.mask,
         teacher_digest=teacher.digest,
+        teacher_normalisation=(teacher.preprocess.mean, teacher.preprocess.std),
         view_fingerprint=view_fingerprint(recipe.data, recipe.run.seed),
         index_digest=shards.digest,
         seed=recipe.run.seed,

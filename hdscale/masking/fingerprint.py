@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hdscale.config.recipe import MaskConfig
@@ -13,6 +14,7 @@ def mask_fingerprint(
     mask: MaskConfig,
     *,
     teacher_digest: str,
+    teacher_normalisation: tuple[Sequence[float], Sequence[float]],
     view_fingerprint: dict[str, Any],
     index_digest: str,
     seed: int,
@@ -24,6 +26,7 @@ def mask_fingerprint(
     Args:
         mask: the recipe's section; only the fields its strategy uses count.
         teacher_digest: sha256 of the relation teacher's weights.
+        teacher_normalisation: mean and deviation of the images it is fed: of equal weights, names may differ in them.
         view_fingerprint: what decides the pixels of an augmented view, by name.
         index_digest: sha256 of the shards' index.
         seed: the run's seed.
@@ -35,6 +38,7 @@ def mask_fingerprint(
     """
     parts: dict[str, Any] = {
         "relation teacher's weights": teacher_digest,
+        "relation teacher's mean and deviation": teacher_normalisation,
         "relation teacher's precision": precision,
         "index of the shards": index_digest,
         "run.seed": seed,

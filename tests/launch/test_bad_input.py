@@ -91,6 +91,7 @@ def write_masks(world, **changed):
     fingerprint = mask_fingerprint(
         recipe.mask,
         teacher_digest=teacher.digest,
+        teacher_normalisation=(teacher.preprocess.mean, teacher.preprocess.std),
         view_fingerprint=view_fingerprint(recipe.data, recipe.run.seed),
         index_digest=shards.digest,
         seed=recipe.run.seed,
@@ -138,6 +139,15 @@ def test_masks_of_something_else(override, part, own_world, spoiled, capsys):
     write_masks(own_world)
     message = spoiled(capsys, override.format(folder=own_world.folder))
     assert has(message, "masks/manifest.json", part, "precompute_masks.py")
+
+
+def test_masks_of_the_same_weights_fed_otherwise(own_world, spoiled, capsys):
+    write_masks(own_world)
+    path = own_world.folder / "relation.safetensors"
+    file = load_teacher_file(path, "")
+    save_teacher_file(path, file.state, file.arch, (0.4, 0.4, 0.4), file.std, kind=file.kind)
+    message = spoiled(capsys)
+    assert has(message, "another relation teacher's mean and deviation ([[0.5, 0.5, 0.5],", "mask.store=OTHER_FOLDER")
 
 
 @pytest.mark.parametrize("name", ["index of the shards", "relation teacher's precision"])

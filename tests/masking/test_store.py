@@ -24,6 +24,7 @@ def fingerprint(**changes):
     parts = {
         "mask": MaskConfig(),
         "teacher_digest": "ab12" * 16,
+        "teacher_normalisation": ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         "view_fingerprint": {"img_size": 224, "crop_scale": (0.2, 1.0)},
         "index_digest": "9f" * 32,
         "seed": 0,
