@@ -249,14 +249,20 @@ def resolve_layers(layers: Sequence[int], depth: int, field: str) -> tuple[int, 
     """Count negative layers from the end.
 
     Raises:
-        UserError: a layer that a model of this depth does not have.
+        UserError: a layer that a model of this depth does not have, or one that is named twice.
     """
     for layer in layers:
         if not -depth <= layer < depth:
             raise UserError(
                 f"{field} must be between {-depth} and {depth - 1} for a model of {depth} blocks, got {layer}"
             )
-    return tuple(layer % depth for layer in layers)
+    resolved = tuple(layer % depth for layer in layers)
+    if len(set(resolved)) != len(resolved):
+        raise UserError(
+            f"{field} must name different blocks, got {list(layers)}, which are {list(resolved)} of {depth} blocks: "
+            "leave one of each pair out"
+        )
+    return resolved
 
 
 def _hide_others(x: Tensor, keep_indices: Tensor, mask_token: Tensor) -> Tensor:

@@ -346,6 +346,8 @@ def test_layers_a_model_does_not_have_are_refused():
     assert resolve_layers((-3, 2), 4, "relation.layers") == (1, 2)
     with pytest.raises(UserError, match=r"relation\.layers must be between -4 and 3 .* 4 blocks, got 4"):
         ViTEncoder(model_of("mae or deit"), relation_layers=(4,))
+    with pytest.raises(UserError, match=r"relation\.layers must name different blocks, got .* \[3, 3\] of 4"):
+        ViTEncoder(model_of("mae or deit"), relation_layers=(-1, 3))
 
 
 def test_attention_without_plain_queries_is_refused_by_name():
