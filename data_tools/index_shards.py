@@ -19,7 +19,7 @@ from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
 from hdscale.data.indexer import IndexJob, index_split, tar_names
 from hdscale.data.labels import label_rule, read_classes
 from hdscale.data.manifest import Manifest
-from hdscale.data.plan import PlanSettings, check_settings
+from hdscale.data.plan import PlanSettings, check_settings, check_workers
 from hdscale.hashing import json_digest
 from hdscale.progress import Progress
 
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     """Index the tars that the arguments name; return the exit code."""
     arguments = _parse(argv)
     check_settings(PlanSettings(split=arguments.split))
+    check_workers(arguments.workers)
     classes = None if arguments.classes is None else read_classes(arguments.classes)
     job = IndexJob(
         folder=arguments.input,

@@ -22,7 +22,7 @@ from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
 from hdscale.data.classes import read_class_list
 from hdscale.data.csv_list import CsvList
 from hdscale.data.names import PackedNames
-from hdscale.data.plan import Part, PlanSettings, check_settings, parse_part, plan_splits
+from hdscale.data.plan import Part, PlanSettings, check_settings, check_workers, parse_part, plan_splits
 from hdscale.data.sources import Digits, ImageFolder
 from hdscale.data.storing import DEFAULT_QUALITY, Resize
 from hdscale.data.synset_tars import SynsetTars
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
 def _make(arguments: argparse.Namespace) -> None:
     settings = PlanSettings(arguments.split, arguments.val_fraction, arguments.samples_per_shard, arguments.seed)
     check_settings(settings)
+    check_workers(arguments.workers)
     part, resize = _part(arguments), _resize(arguments)
     source = _source(arguments, resize)
     listing = _listing(source, arguments.input)

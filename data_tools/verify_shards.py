@@ -17,6 +17,7 @@ from pathlib import Path
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
 from hdscale.data.checker import check_split
 from hdscale.data.manifest import read_manifest
+from hdscale.data.plan import check_workers
 from hdscale.progress import Progress
 
 EXIT_BAD = 1
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
     arguments = _parse(argv)
     folder, split = arguments.shards, arguments.split
     report = arguments.report or folder / f"{split}.verify.jsonl"
+    check_workers(arguments.workers)
     total = read_manifest(folder, split).num_samples
     try:
         with Progress(split, total, "samples", sys.stderr) as progress:

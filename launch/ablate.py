@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from hdscale.ablation.plan import Settings
+from hdscale.ablation.plan import Settings, check_overrides
 from hdscale.ablation.scales import SCALES, find_scale
 from hdscale.ablation.tables import TABLES, find_table
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
@@ -30,6 +30,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--hostfile {options.hostfile} does not exist: write one line `HOST slots=GPUS` a machine")
     rows = table.select([key for key in options.rows.split(",") if key])
     output = options.output or Path("ablations") / scale.name
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: choose another folder")
+    check_overrides(options.overrides, scale)
 
     # torch takes seconds to import: a mistake is found before that.
     from hdscale.ablation.ablate import Ablation, ablate, table_files
@@ -53,7 +56,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("table", help=f"one of {', '.join(TABLES)}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields of all rows")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe fields of all rows")
     parser.add_argument("--scale", default="demo", help=f"one of {', '.join(SCALES)} (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs a row, seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument("--rows", default="", help="keys, divided by commas, as --dry-run shows them (default: all)")

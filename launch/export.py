@@ -39,11 +39,14 @@ def main(argv: list[str]) -> int:
 
 def _checkpoint_at(run_folder: Path, step: int) -> Checkpoint:
     root = run_folder / CHECKPOINT_FOLDER
+    steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(root.glob("step-*")))
+    has = f"{root} has the steps {steps or 'none'}"
+    if not (root / f"step-{step:09d}").is_dir():
+        raise UserError(f"--step {step}: there is no such checkpoint; {has}")
     try:
         return open_checkpoint(root / f"step-{step:09d}")
     except CorruptCheckpointError as error:
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(root.glob("step-*")))
-        raise UserError(f"--step {step}: {error}; {root} has the steps {steps or 'none'}") from error
+        raise UserError(f"--step {step}: {error}; {has}") from error
 
 
 if __name__ == "__main__":

@@ -68,6 +68,25 @@ class Settings(NamedTuple):
     overrides: tuple[str, ...] = ()  # of all rows, after the table's
 
 
+def check_overrides(overrides: Sequence[str], scale: Scale) -> None:
+    """Refuse fields that the command sets itself, row by row: they would be passed over in silence.
+
+    Raises:
+        UserError: naming the argument and what to use instead.
+    """
+    instead = {
+        "run.name": "runs are named after their recipes; leave it out",
+        "run.root": "runs lie in --output; set that",
+        "run.seed": "seeds count from 0; set --seeds",
+    }
+    if scale.stores_masks:
+        instead["mask.store"] = "masks lie in --output; set that"
+    for override in overrides:
+        field = override.partition("=")[0]
+        if field in instead:
+            raise UserError(f"argument {override!r}: {field} is not for ablate.py: {instead[field]}")
+
+
 class Planner:
     """Turns rows into plans; the same recipe gets the same run folder, whatever row or table it stands in."""
 
@@ -131,11 +150,11 @@ class Planner:
         """Replace words by what they stand for; list the jobs that have to be done for it."""
         found, jobs = [], self._shards()
         for override in overrides:
-            key, _, text = override.partition("=")
+            key, equals, text = override.partition("=")
             if word := _WORD.match(text):
                 text, needed = self._look_up(word[1], word[2], seed)
                 jobs += [job for job in needed if job not in jobs]
-            found.append(f"{key}={text}")
+            found.append(f"{key}{equals}{text}")
         return self._texts(found), jobs
 
     def _look_up(self, word: str, of: str | None, seed: int) -> tuple[str, list[Job]]:

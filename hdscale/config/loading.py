@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -125,10 +126,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}); see launch/recipes/ for examples") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {_problem(error)}") from error
+    except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not YAML: {error}") from error
     if values is None:
         return {}
@@ -139,9 +142,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_value(override: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"argument {override!r} has a value that is not YAML: {error}") from error
+        raise UserError(f"argument {override!r} has a value that is not YAML: {_problem(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that is there twice: YAML takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -167,7 +189,10 @@ def _validate(values: dict[str, Any], where: str, sources: dict[str, str]) -> Re
     prefixes = (".".join(location[:length]) for length in range(len(location), 0, -1))
     where = next((f"argument {sources[prefix]!r}" for prefix in prefixes if prefix in sources), where)
     if first["type"] == "extra_forbidden":
-        raise UserError(f"{where}: unknown key {'.'.join(location)}{_suggestion(location)}") from None
+        path = ".".join(location)
+        within = [argument for key, argument in sources.items() if key.startswith(path + ".")]
+        where = f"argument {within[-1]!r}" if within else where  # a section that an argument made
+        raise UserError(f"{where}: unknown key {path}{_suggestion(location)}") from None
     known = _known_parts(location)
     message = _rule(errors, known)
     given = first["input"]
@@ -181,9 +206,11 @@ def _rule(errors: typing.Sequence[ErrorDetails], known: list[str]) -> str:
     first, place = errors[0], errors[0]["loc"]
     if first["type"] in ("missing", "too_long"):  # elements of a tuple: every field has a default
         return f"must have {'more' if first['type'] == 'missing' else 'fewer'} elements"
+    if first["type"] == "model_type":
+        return "must be a section of key: value"
     in_union = len(place) > len(known) and isinstance(place[-1], str)
     alternatives = [error for error in errors if error["loc"][:-1] == place[:-1]] if in_union else [first]
-    messages = [error["msg"].partition(", unable to parse")[0] for error in alternatives]
+    messages = [re.sub(", (unable to parse|got a number with) .*", "", error["msg"]) for error in alternatives]
     rules = [text.removeprefix("Value error, ").removeprefix("Input should be ") for text in messages]
     must_be = "must be " if messages[0].startswith("Input should be ") else ""
     return must_be + " or ".join(rules)

@@ -6,18 +6,22 @@ the default is.
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 """A number in (0, 1]."""
+_SOURCES = ("timm", "open_clip", "file")
 
 
 class Section(BaseModel):
     """A frozen part of the recipe that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class RunConfig(Section):
@@ -31,6 +35,14 @@ class RunConfig(Section):
     """Seed of order, views, initial weights and drop-path."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on V100s, fp32 on CPUs."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or (value and not path.parts):
+            raise ValueError("must be a folder below run.root: neither absolute, nor . or ..")
+        return value
 
 
 class DataConfig(Section):
@@ -150,11 +162,17 @@ class TeacherConfig(Section):
             if ":" not in values:
                 raise ValueError(f"must be SOURCE:NAME, such as open_clip:ViT-L-14/openai, got {values}")
             values = {"name": values}
+        if (
+            isinstance(values, dict) and len(values) == 1 and (key := next(iter(values))) in _SOURCES
+        ):  # YAML's "key: value"
+            raise ValueError(
+                f"must be SOURCE:NAME without a space, such as open_clip:ViT-L-14/openai, got {key}: {values[key] or ''}"
+            )
         if not isinstance(values, dict) or not isinstance(values.get("name"), str) or ":" not in values["name"]:
             return values
         short = values["name"]
         source, _, rest = short.partition(":")
-        if source not in ("timm", "open_clip", "file"):
+        if source not in _SOURCES:
             raise ValueError(f"name must start with timm:, open_clip: or file:, got {short}")
         name, slash, weights = ("", "/", rest) if source == "file" else rest.partition("/")
         said = {"source": source, "name": name, **({"weights": weights} if slash else {})}
@@ -168,7 +186,7 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.source == "file" and self.weights in ("pretrained", "random"):
+        if self.source == "file" and self.weights in ("", "pretrained", "random"):
             raise ValueError("weights must be a file's path when source is file")
         if self.source != "file" and not self.name:
             raise ValueError(f"name must say which {self.source} model to build")

@@ -126,7 +126,10 @@ def read_classes(path: Path) -> tuple[str, ...]:
     try:
         names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {path} cannot be read ({error}): give a text file, one class name a line") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"--classes {path} cannot be read ({reason}): give a text file, one class name a line"
+        ) from None
     if not names:
         raise UserError(f"--classes {path} is empty: give one class name a line")
     first_line: dict[str, int] = {}

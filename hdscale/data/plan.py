@@ -66,6 +66,12 @@ def check_settings(settings: PlanSettings) -> None:
         raise UserError("--val-fraction names the held-out split val itself: give another --split, or no fraction")
 
 
+def check_workers(workers: int) -> None:
+    """Raise a UserError for a number of processes that cannot be."""
+    if workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}: leave it out for one a core")
+
+
 def plan_splits(listing: Listing, settings: PlanSettings) -> dict[str, np.ndarray]:
     """Deal the pictures of a listing to splits and shuffle each of them.
 

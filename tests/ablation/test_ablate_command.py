@@ -91,6 +91,18 @@ def test_a_table_is_trained_measured_written_and_continued(tmp_path, capsys):
         (["8", "--scale", "tiny"], "--scale must be one of demo, b-in1k, got tiny"),
         (["8", "--hostfile", "nowhere"], "--hostfile nowhere does not exist"),
         (["8", "optim.lrr=1"], "table 8, row none, scale demo: argument 'optim.lrr=1': unknown key optim.lrr"),
+        (["8", "optim.lr"], "table 8, row none, scale demo: argument 'optim.lr' must be key=value"),
+        (["8", "run.name=x"], "argument 'run.name=x': run.name is not for ablate.py: runs are named after"),
+        (
+            ["8", "run.root=x", "--dry-run"],
+            "argument 'run.root=x': run.root is not for ablate.py: runs lie in --output",
+        ),
+        (["8", "run.seed=3"], "argument 'run.seed=3': run.seed is not for ablate.py: seeds count from 0; set --seeds"),
+        (
+            ["8", "--scale", "b-in1k", "mask.store=x"],
+            "argument 'mask.store=x': mask.store is not for ablate.py: masks lie in --output",
+        ),
+        (["8", "--output", __file__, "--dry-run"], f"--output {__file__} is a file: choose another folder"),
         (["8", "--scale", "b-in1k", "data.shards=nowhere"], "nowhere holds no shards"),
         (["8", "--output", "/dev/null/out"], "--output /dev/null/out cannot be made"),
     ],
@@ -99,6 +111,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert exit_code(main, arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {message}")
+
+
+def test_overrides_are_not_asked_for_when_the_table_is_missing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: table\n")
 
 
 def test_the_paper_s_scale_lists_masks_and_training_without_data_or_network(tmp_path, capsys):

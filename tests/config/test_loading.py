@@ -114,7 +114,16 @@ def test_fields_that_say_what_the_name_says_are_no_contradiction():
         ("feature_teacher.source=file", ["feature_teacher: weights must be a file's path"]),
         ("feature_teacher.name=''", ["feature_teacher: name must say which timm model"]),
         ("optim.lr", ["must be key=value"]),
-        ("optim.lr=[", ["not YAML"]),
+        ("optim.lr=[1", ["'optim.lr=[1' has a value that is not YAML: line 1, column 3: expected ',' or ']'"]),
+        ("optim={lr: 1, lr: 2}", ["is not YAML: line 1, column 9: lr is there twice"]),
+        ("optim.lr=.inf", ["optim.lr must be a finite number, got inf"]),
+        ("optim=3", ["'optim=3': optim must be a section of key: value, got 3"]),
+        ("optm.lr=3", ["argument 'optm.lr=3': unknown key optm; did you mean optim?"]),
+        ("run.seed=1.5", ["run.seed must be a valid integer, got 1.5"]),
+        ("run.name=../a", ["run.name must be a folder below run.root: neither absolute, nor . or .., got '../a'"]),
+        ("run.name=/a", ["run.name must be a folder below run.root", "got '/a'"]),
+        ("feature_teacher=open_clip:", ["feature_teacher: must be SOURCE:NAME without a space, such as", "open_clip:"]),
+        ("feature_teacher={file: a.pth}", ["must be SOURCE:NAME without a space", "got file: a.pth"]),
         ("run.name.x=1", ["run.name is a value, not a section"]),
     ],
 )
@@ -123,6 +132,13 @@ def test_each_mistake_in_an_override_gives_one_line_with_the_way_out(override, p
     with pytest.raises(UserError) as error:
         load_recipe(None, overrides)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_a_recipe_with_a_section_twice_is_refused_naming_the_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {lr: 1}\ndata: {views: 1}\noptim: {clip: 1}\n")
+    with pytest.raises(UserError, match="mine.yaml is not YAML: line 3, column 1: optim is there twice"):
+        load_recipe(path)
 
 
 def test_of_several_arguments_the_one_that_decided_is_blamed(tmp_path):

@@ -39,5 +39,7 @@ def test_files_that_are_no_class_names_are_refused(tmp_path, content, message):
 
 
 def test_a_missing_file_of_class_names_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"--classes .*names.txt cannot be read"):
+    with pytest.raises(
+        UserError, match=r"--classes .*names.txt cannot be read \(No such file or directory\): give a text file"
+    ):
         read_classes(tmp_path / "names.txt")

@@ -6,6 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
+from data_tools.index_shards import main as index
+from data_tools.make_shards import main as make
 from data_tools.verify_shards import EXIT_BAD, main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import file_digest, open_shards
@@ -190,3 +192,14 @@ def test_ctrl_c_is_told(folder, capsys, monkeypatch):
     monkeypatch.setattr("data_tools.verify_shards.check_split", interrupt)
     assert main(["--shards", str(folder)]) == EXIT_STOPPED
     assert "stopped; there is no report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "-3"])
+def test_a_number_of_workers_below_one_is_refused(folder, workers, capsys):
+    assert exit_code(main, ["--shards", str(folder), "--workers", workers]) == EXIT_USER_ERROR
+    expected = f"error: --workers must be at least 1, got {workers}: leave it out for one a core\n"
+    assert capsys.readouterr().err == expected
+    for tool in (make, index):
+        where = ["--input", str(folder)] if tool is index else ["--source", "digits", "--output", str(folder / "new")]
+        assert exit_code(tool, [*where, "--workers", workers]) == EXIT_USER_ERROR
+        assert capsys.readouterr().err == expected

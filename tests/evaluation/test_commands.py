@@ -171,7 +171,10 @@ def test_export_prints_code_that_timm_runs(world, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "--step", "15", "--output", "x.safetensors"], r"--step 15: .*has the steps 10, 20"),
+        (
+            ["export", "--step", "15", "--output", "x.safetensors"],
+            r"--step 15: there is no such checkpoint; .*has the steps 10, 20",
+        ),
         (["export", "--output", "x.bin"], r"x\.bin must end in \.safetensors"),
         (["knn", "evaluation.split=test"], r"test\.manifest\.json is missing.*--val-fraction"),
         (["knn", "evaluation.split=train"], r"evaluation\.split must be another split than data\.split, got train"),
