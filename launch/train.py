@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="train.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=ROOT / "launch/recipes/vit_l_in21k.yaml", help="YAML file")
     parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs/zero2.json", help="student's")
-    parser.add_argument("--teacher_ds_config", type=Path, default=ROOT / "ds_configs/teacher_zero3.json")
+    parser.add_argument(
+        "--teacher_ds_config", type=Path, default=ROOT / "ds_configs/teacher_zero3.json", help="of zero3 teachers"
+    )
     parser.add_argument("--allow-change", action="append", default=[], metavar="FIELD", help="continue a changed run")
     parser.add_argument("--smoke", type=int, metavar="STEPS", help="a few steps on generated data, random teachers")
     parser.add_argument("--local_rank", help="set by the launcher")

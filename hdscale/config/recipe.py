@@ -162,12 +162,9 @@ class TeacherConfig(Section):
             if ":" not in values:
                 raise ValueError(f"must be SOURCE:NAME, such as open_clip:ViT-L-14/openai, got {values}")
             values = {"name": values}
-        if (
-            isinstance(values, dict) and len(values) == 1 and (key := next(iter(values))) in _SOURCES
-        ):  # YAML's "key: value"
-            raise ValueError(
-                f"must be SOURCE:NAME without a space, such as open_clip:ViT-L-14/openai, got {key}: {values[key] or ''}"
-            )
+        if isinstance(values, dict) and len(values) == 1 and (key := next(iter(values))) in _SOURCES:
+            got = f"{key}: {values[key] or ''}"  # YAML takes a name with a space, or none, behind the colon for a key
+            raise ValueError(f"must be SOURCE:NAME without a space, such as open_clip:ViT-L-14/openai, got {got}")
         if not isinstance(values, dict) or not isinstance(values.get("name"), str) or ":" not in values["name"]:
             return values
         short = values["name"]

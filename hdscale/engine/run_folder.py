@@ -57,9 +57,7 @@ def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any],
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (folder / "environment.json").write_text(json.dumps(_environment(world_size), indent=2) + "\n")
     except OSError as error:
-        raise UserError(
-            f"run folder {folder} cannot be written ({error.strerror}); set run.root and run.name"
-        ) from error
+        raise _unwritable(folder, error) from error
 
 
 def mark_done(folder: Path, *, done: bool) -> None:
@@ -67,7 +65,14 @@ def mark_done(folder: Path, *, done: bool) -> None:
     if done:
         (folder / "DONE").write_text("")
     else:
-        (folder / "DONE").unlink(missing_ok=True)
+        try:
+            (folder / "DONE").unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"run folder {folder} cannot be written ({error.strerror}); set run.root and run.name")
 
 
 def _environment(world_size: int) -> dict[str, Any]:

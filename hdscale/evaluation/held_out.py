@@ -37,8 +37,10 @@ def open_held_out(data: DataConfig, evaluation: EvaluationConfig, *, train_sampl
         train_samples: take only the first so many training samples (shards are shuffled when they are made).
 
     Raises:
-        UserError: no held-out split, it is the one that is trained on, or there are samples without labels.
+        UserError: train_samples below 1, no held-out split, it is the one that is trained on, or samples lack labels.
     """
+    if train_samples is not None and train_samples < 1:
+        raise UserError(f"--train-samples must be at least 1, got {train_samples}: leave it out for all")
     folder = Path(data.shards)
     if evaluation.split == data.split:
         raise UserError(

@@ -137,7 +137,7 @@ def test_each_mistake_in_an_override_gives_one_line_with_the_way_out(override, p
 def test_a_recipe_with_a_section_twice_is_refused_naming_the_line(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("optim: {lr: 1}\ndata: {views: 1}\noptim: {clip: 1}\n")
-    with pytest.raises(UserError, match="mine.yaml is not YAML: line 3, column 1: optim is there twice"):
+    with pytest.raises(UserError, match=r"mine\.yaml is not YAML: line 3, column 1: optim is there twice"):
         load_recipe(path)
 
 

@@ -178,6 +178,7 @@ def test_export_prints_code_that_timm_runs(world, capsys):
         (["export", "--output", "x.bin"], r"x\.bin must end in \.safetensors"),
         (["knn", "evaluation.split=test"], r"test\.manifest\.json is missing.*--val-fraction"),
         (["knn", "evaluation.split=train"], r"evaluation\.split must be another split than data\.split, got train"),
+        (["probe", "--train-samples", "0"], "--train-samples must be at least 1, got 0: leave it out for all"),
         (["summary", "--output", "/dev/null/summary.json"], r"/dev/null/summary\.json cannot be written"),
     ],
 )

@@ -19,6 +19,8 @@ from hdscale.cli import exit_code
 from hdscale.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from hdscale.data.index import open_shards
 from hdscale.data.loader import view_fingerprint
+from hdscale.engine.run_folder import mark_done
+from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
 from hdscale.masking.store import MaskStore
 from hdscale.teachers.build import build_teacher
@@ -338,3 +340,9 @@ def test_a_pretrained_teacher_has_masks_of_its_own(spoiled, capsys):
     overrides = ["student.mask_tokens=encoder", ONLINE]
     message = spoiled(capsys, *overrides, script="pretrain_teacher", options=["--method", "mae"])
     assert "student.mask_tokens must be none for method mae, got encoder" in message
+
+
+def test_a_run_root_that_is_a_file_is_named_before_anything_is_removed_from_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); set run.root and run.name"):
+        mark_done(tmp_path / "file/run", done=False)
