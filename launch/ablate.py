@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     output = options.output or Path("ablations") / scale.name
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose another folder")
-    check_overrides(options.overrides, scale)
+    check_overrides(options.overrides, scale, table)
 
     # torch takes seconds to import: a mistake is found before that.
     from hdscale.ablation.ablate import Ablation, ablate, table_files

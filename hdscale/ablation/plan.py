@@ -68,7 +68,7 @@ class Settings(NamedTuple):
     overrides: tuple[str, ...] = ()  # of all rows, after the table's
 
 
-def check_overrides(overrides: Sequence[str], scale: Scale) -> None:
+def check_overrides(overrides: Sequence[str], scale: Scale, table: Table) -> None:
     """Refuse fields that the command sets itself, row by row: they would be passed over in silence.
 
     Raises:
@@ -81,10 +81,16 @@ def check_overrides(overrides: Sequence[str], scale: Scale) -> None:
     }
     if scale.stores_masks:
         instead["mask.store"] = "masks lie in --output; set that"
+    own = {part.partition("=")[0] for row in table.rows for part in (*row.overrides, *row.demo, *row.full)}
     for override in overrides:
         field = override.partition("=")[0]
         if field in instead:
             raise UserError(f"argument {override!r}: {field} is not for ablate.py: {instead[field]}")
+        if any(name == field or name.startswith(f"{field}.") for name in own):
+            raise UserError(
+                f"argument {override!r}: rows of table {table.key} differ in {field}, and would stand under names that "
+                "are no longer theirs: leave it out, or train such a row by launch/train.py"
+            )
 
 
 class Planner:

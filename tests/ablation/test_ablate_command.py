@@ -97,6 +97,8 @@ def test_a_table_is_trained_measured_written_and_continued(tmp_path, capsys):
             ["8", "run.root=x", "--dry-run"],
             "argument 'run.root=x': run.root is not for ablate.py: runs lie in --output",
         ),
+        (["8", "mask.strategy=none"], "argument 'mask.strategy=none': rows of table 8 differ in mask.strategy, and"),
+        (["8", "mask={strategy: none}"], "argument 'mask={strategy: none}': rows of table 8 differ in mask, and"),
         (["8", "run.seed=3"], "argument 'run.seed=3': run.seed is not for ablate.py: seeds count from 0; set --seeds"),
         (
             ["8", "--scale", "b-in1k", "mask.store=x"],
