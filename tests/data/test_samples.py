@@ -20,6 +20,17 @@ def load(shards, config, ids):
     return load_batch(shards, config, SEED, ids, np.full_like(ids, 2), np.full_like(ids, 6))
 
 
+def test_a_batch_is_announced_before_its_first_picture_is_read(digits, view_config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(type(digits), "announce", lambda _, ids: calls.append(ids.tolist()))
+    read = type(digits).read
+    monkeypatch.setattr(type(digits), "read", lambda shards, row: calls.append(row) or read(shards, row))
+    batch = load(digits, view_config, [5, 3])
+    assert calls == [[5, 3], 5, 3]
+    # Channels innermost, so that torch need not take the pixels of a view apart.
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_another_sample_takes_the_place_of_a_bad_one(damaged, view_config):
     shards = damaged([4])
     batch = load(shards, view_config, [3, 4])

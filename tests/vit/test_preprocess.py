@@ -42,3 +42,11 @@ def test_interpolation_never_leaves_the_range_of_pixels():
     ours = Preprocess(48, (0, 0, 0), (1, 1, 1))(images, torch.float32)
     assert ours.min() == 0
     assert ours.max() == 1
+
+
+def test_models_get_channels_outermost_however_the_loader_stores_them():
+    images = pictures(24)
+    stored = images.contiguous(memory_format=torch.channels_last)
+    ours = Preprocess(24, MEAN, STD)(stored, torch.float32)
+    assert ours.is_contiguous()
+    assert torch.equal(ours, Preprocess(24, MEAN, STD)(images, torch.float32))
