@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,12 @@ import torch
 
 from hdscale.config.loading import RECIPE_FILE, changed_fields, dump_recipe, load_run_recipe
 from hdscale.errors import UserError
+from hdscale.provenance import source_digest, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hdscale.config.recipe import Recipe
-
-_PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "open_clip_torch", "numpy", "safetensors")
 
 
 def run_folder_of(recipe: Recipe) -> Path:
@@ -77,9 +75,11 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 def _environment(world_size: int) -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    packages = versions()
     return {
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "python": packages.pop("python"),
+        "packages": packages,
+        "source": source_digest(),
         "cuda": torch.version.cuda,
         "git_revision": _git_revision(),
         "world_size": world_size,
