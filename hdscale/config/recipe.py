@@ -35,6 +35,8 @@ class RunConfig(Section):
     """Seed of order, views, initial weights and drop-path."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on V100s, fp32 on CPUs."""
+    rendezvous_seconds: float = Field(default=120, gt=0)
+    """How long ranks wait for those of other hosts to start, before they name the missing ones."""
 
     @field_validator("name")
     @classmethod
