@@ -153,8 +153,9 @@ class TeacherConfig(Section):
     match (a CLIP-L/14 is fed 196 px for 14 x 14 tokens)."""
     target: Literal["norm", "pre_norm", "projected"] = "norm"
     """Feature teacher: last block's tokens after the final norm, before it, or projected (CLIP)."""
-    sharding: Literal["replicate", "zero3"] = "zero3"
-    """Between steps, each rank holds the whole teacher, or its share of it (DeepSpeed ZeRO-3 inference engine)."""
+    sharding: Literal["replicate", "node", "zero3"] = "zero3"
+    """Between steps, each rank holds the whole teacher, or its share of it in a DeepSpeed ZeRO-3 inference engine: a
+    share among the ranks of its host (`node`: gathers stay inside), or among all."""
 
     @model_validator(mode="before")
     @classmethod

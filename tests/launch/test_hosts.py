@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hdscale.config.loading import dump_recipe, load_recipe
 from tests.cluster import hosts_on_one_machine, why_not
 from tests.conftest import NUM_SAMPLES, write_shards, write_teacher
 
@@ -38,20 +39,7 @@ def launch(cluster, files):
     """Run the README's command on node1; return how it ended."""
 
     def command(name, *overrides, hostfile, ds_config="ds_configs/zero2.json"):
-        settings = {
-            "run.name": name,
-            "run.root": files / "runs",
-            "data.shards": files / "shards",
-            "feature_teacher.weights": files / "feature.safetensors",
-            "relation_teacher.weights": files / "relation.safetensors",
-            "mask.source": "online",
-            "optim.global_batch_size": 16,
-            "optim.micro_batch_size": 8,
-            "schedule.epochs": (STEPS + 0.5) * 16 / NUM_SAMPLES,
-            "log.every_steps": 1,
-            "student.drop_path": 0,
-        }
-        words = [f"{name}={value}" for name, value in settings.items()]
+        words = [f"{name}={value}" for name, value in settings(files, name).items()]
         recipe = ["--recipe", files / "recipe.yaml", "--ds_config", ds_config]
         return ["deepspeed", "--hostfile", hostfile, "launch/train.py", *recipe, *words, *overrides]
 
@@ -60,6 +48,22 @@ def launch(cluster, files):
 
     run.command = command
     return run
+
+
+def settings(files, name):
+    return {
+        "run.name": name,
+        "run.root": files / "runs",
+        "data.shards": files / "shards",
+        "feature_teacher.weights": files / "feature.safetensors",
+        "relation_teacher.weights": files / "relation.safetensors",
+        "mask.source": "online",
+        "optim.global_batch_size": 16,
+        "optim.micro_batch_size": 8,
+        "schedule.epochs": (STEPS + 0.5) * 16 / NUM_SAMPLES,
+        "log.every_steps": 1,
+        "student.drop_path": 0,
+    }
 
 
 def losses(files, name):
@@ -185,3 +189,64 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
+
+
+def test_a_slow_network_is_named_as_the_limit(launch, cluster, files):
+    """100 Mbit/s between hosts; a student of 3 million parameters moves 19 MB a step."""
+    wide = ["student.embed_dim=256", "schedule.epochs=5.4", "student.decoder=linear", "log.every_steps=5"]
+    replicated = ["feature_teacher.sharding=replicate", "relation_teacher.sharding=replicate"]
+    cluster.limit("100mbit")
+    before = cluster.bytes_sent("node1")
+    try:
+        done = launch("slow", *wide, *replicated, hostfile=cluster.hostfile(2))
+    finally:
+        cluster.limit(None)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (files / "runs/slow/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert all(line["communication"] > 0.5 for line in lines)
+    assert re.search(r"20 of 20 steps.*communication is the limit \(\d+ % of the time", done.stderr.replace("%", " %"))
+    # What is counted is what the wire has seen, but for frames' headers, the checkpoint and the start.
+    counted = 20 * lines[-1]["sent_gb"] * 1e9
+    print("counted", counted, "wire", cluster.bytes_sent("node1") - before, lines)
+
+
+@pytest.fixture(scope="module")
+def shardings(cluster, files):
+    """What four ranks on two hosts have seen of teachers of every sharding."""
+    recipe, output = files / "shardings.yaml", files / "shardings.json"
+    values = [f"{name}={value}" for name, value in settings(files, "shardings").items()]
+    resolved = load_recipe(files / "recipe.yaml", [*values, "optim.micro_batch_size=4"])
+    recipe.write_text(dump_recipe(resolved))
+    script = ["tests/launch/sharding_scenario.py", recipe, output]
+    env = {"PYTHONPATH": str(ROOT)}
+    done = cluster.run("deepspeed", "--hostfile", cluster.hostfile(2, slots=2), *script, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text())
+
+
+def test_teachers_of_every_sharding_say_the_same_bit_by_bit(shardings):
+    assert shardings[0]["hosts"] == ["node1", "node1", "node2", "node2"]
+    assert all(found[sharding]["equal"] for found in shardings for sharding in ("node", "zero3"))
+
+
+def test_a_rank_holds_its_share_among_all_or_among_its_host(shardings):
+    for found in shardings:
+        for name, whole in found["replicate"]["held"].items():
+            held = {sharding: found[sharding]["held"][name] for sharding in ("node", "zero3")}
+            # A parameter is padded to equal shares.
+            assert held == pytest.approx({"node": whole / 2, "zero3": whole / 4}, rel=0.01)
+
+
+def test_teachers_sharded_inside_a_host_send_nothing_to_others(shardings):
+    for found in shardings:
+        assert found["replicate"]["gathered_bytes"] == 0
+        assert found["zero3"]["gathered_bytes"] > 1.4 * found["node"]["gathered_bytes"] > 0  # 3/4 and 1/2 of the same
+        assert found["zero3"]["wire_bytes"] > 0.9 * found["zero3"]["gathered_bytes"]
+        assert found["node"]["wire_bytes"] < 0.05 * found["node"]["gathered_bytes"]
+
+
+def test_a_student_trains_on_all_ranks_whatever_its_teachers_groups(shardings):
+    losses = {found[sharding]["loss"] for found in shardings for sharding in ("node", "zero3", "replicate")}
+    assert len(losses) == 4  # one a rank: each has its own pictures
+    assert all(found[sharding]["dp_world_size"] == 4 for found in shardings for sharding in ("node", "zero3"))
