@@ -186,8 +186,26 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def checkpoint_function(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own)."""
-    return deepspeed.checkpointing.checkpoint if ds_config.get("activation_checkpointing") else None
+    """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own).
+
+    Raises:
+        UserError: activations are to go to the CPU, and are there.
+    """
+    section = ds_config.get("activation_checkpointing")
+    if not section:
+        return None
+    if section.get("cpu_checkpointing") and not torch.cuda.is_available():
+        raise UserError(
+            "activation_checkpointing.cpu_checkpointing moves activations from a GPU to the CPU, and no GPU is "
+            "visible: leave it out of the DeepSpeed config"
+        )
+
+    def checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
+        # It empties what it is given, to keep a part or a copy elsewhere. Others use these tensors as well: relation
+        # layers, or all blocks a common bias.
+        return deepspeed.checkpointing.checkpoint(function, *(tensor.view_as(tensor) for tensor in tensors))
+
+    return checkpoint
 
 
 def configure_checkpointing(ds_config: Mapping[str, Any], world_size: int) -> None:

@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 
 from hdscale.config.loading import dump_recipe, load_recipe
-from tests.cluster import hosts_on_one_machine, why_not
 from tests.conftest import NUM_SAMPLES, write_shards, write_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with hosts_on_one_machine(tmp_path_factory.mktemp("hosts") / "cluster", 4) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
