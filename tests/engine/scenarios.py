@@ -185,6 +185,18 @@ def checkpointing(lab):
     return codes
 
 
+def offloaded(lab):
+    """Train with the optimizer on the CPU, in one go and with a stop, beside one where it is with the rest."""
+    config = load_ds_config(ROOT / "ds_configs/zero2_offload.json")
+    few = ["schedule.stop_after=6"]
+    found = {"none": [lab.distill("offload-none", 2, *few)]}
+    found["whole"] = [distill(lab.recipe("offload-whole", *few), config, lab.teacher)]
+    found["cut"] = [
+        distill(lab.recipe("offload-cut", f"schedule.stop_after={stop}"), config, lab.teacher) for stop in (STOP, 6)
+    ]
+    return found
+
+
 def interrupt(lab):
     """Send SIGTERM to the last rank in its fourth step."""
     batches = []
@@ -376,6 +388,7 @@ BY_RANKS = {
         curves_of_two,
         others,
         checkpointing,
+        offloaded,
         resume,
         interrupt,
         elastic_source,

@@ -406,3 +406,12 @@ def test_recomputed_activations_give_the_same_losses_whoever_keeps_them(kind, st
     assert len(losses) == 4
     assert losses == curve(plain)
     assert curve(name, "grad_norm") == curve(plain, "grad_norm")
+
+
+def test_an_optimizer_on_the_cpu_trains_the_same_and_resumes_bit_by_bit(curve, two_ranks):
+    assert two_ranks["offloaded"] == {"none": [75], "whole": [75], "cut": [75, 75]}
+    plain, whole = curve("offload-none"), curve("offload-whole")
+    assert len(whole) == 6
+    assert whole == pytest.approx(plain, rel=1e-6)  # DeepSpeed's CPU Adam rounds otherwise
+    assert whole != plain
+    assert curve("offload-cut") == whole
