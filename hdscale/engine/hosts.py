@@ -258,7 +258,7 @@ def render(columns: Mapping[str, Sequence[Check]]) -> str:
     """Return a table of checks by machine, machines that are alike in one column, and what to do about failures."""
     groups: dict[Any, list[str]] = {}
     for machine, checks in columns.items():
-        groups.setdefault(tuple((c.name, c.ok, c.ok is False and c.found) for c in checks), []).append(machine)
+        groups.setdefault(tuple((check.name, check.ok) for check in checks), []).append(machine)
     heads = {
         names[0]: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
         for names in groups.values()
