@@ -1,19 +1,21 @@
-"""How every command ends: one readable line for a mistake of the user's, a traceback for one of ours."""
+"""How every command ends: a readable line for a mistake of the user's or a lost host, a traceback for one of ours."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
-from hdscale.errors import UserError
+from hdscale.errors import LostRankError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
@@ -23,16 +25,25 @@ line from rank 0 is better than the same line from every rank."""
 
 
 def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a command; turn a `UserError` into one line on stderr and exit code 2."""
+    """Run a command; turn errors that name what happened into one line on stderr.
+
+    Returns:
+        What the command returns, 2 for a `UserError`, 1 for a `LostRankError`.
+    """
     try:
         return main(argv)
-    except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(_RANK_ZERO_HEAD_START)
-        where = f" (rank {rank})" if rank else ""
+    except (UserError, LostRankError) as error:
+        _tell(error)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+
+
+def _tell(error: UserError | LostRankError) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if error.told_by is None and rank:
+        time.sleep(_RANK_ZERO_HEAD_START)
+    if error.told_by in (None, rank):
+        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -43,7 +54,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         if not _among_ranks():
             raise
         traceback.print_exc()
-        code = 1
+        code = EXIT_FAILED
     if _among_ranks():
         # A failed rank: taking the process group down properly would wait for ranks that wait for this one.
         sys.stdout.flush()

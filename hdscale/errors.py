@@ -1,8 +1,27 @@
-"""The one exception that launch scripts turn into a message and exit code 2."""
+"""Exceptions that commands turn into one readable line."""
 
 
 class UserError(ValueError):
-    """A mistake that the person who started the program can mend.
+    """A mistake that the person who started the program can mend; exit code 2.
 
     The message is one line: the file or field, the rule, the value, and the way out.
     """
+
+    def __init__(self, message: str, *, told_by: int | None = None) -> None:
+        """Take the message.
+
+        Args:
+            message: see above.
+            told_by: where all ranks raise the same error, the one rank that prints it; None: each prints its own.
+        """
+        super().__init__(message)
+        self.told_by = told_by
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone, and with it the run; the message names it and its host. Exit code 1."""
+
+    def __init__(self, message: str, *, told_by: int) -> None:
+        """Take the message and the rank that prints it, as for `UserError`."""
+        super().__init__(message)
+        self.told_by = told_by

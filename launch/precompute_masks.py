@@ -27,14 +27,15 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = load_ds_config(options.teacher_ds_config, stages=(3,))
 
-    # DeepSpeed takes seconds to import: a mistake in a recipe is found before that.
-    from hdscale.engine.engines import check_zero_section
-    from hdscale.engine.launcher import check_hostfile
-    from hdscale.engine.precompute import precompute_masks
+    # Torch and DeepSpeed take seconds to import: a mistake in a recipe is found before that.
+    from hdscale.engine.rendezvous import all_hosts
 
-    check_hostfile()
-    check_zero_section(options.teacher_ds_config, ds_config)
-    return precompute_masks(recipe, ds_config, stream=sys.stderr)
+    with all_hosts(recipe, teacher_ds_config=ds_config):
+        from hdscale.engine.engines import check_zero_section
+        from hdscale.engine.precompute import precompute_masks
+
+        check_zero_section(options.teacher_ds_config, ds_config)
+        return precompute_masks(recipe, ds_config, stream=sys.stderr)
 
 
 if __name__ == "__main__":

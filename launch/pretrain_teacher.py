@@ -30,14 +30,15 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = load_ds_config(options.ds_config)
 
-    # DeepSpeed takes seconds to import: a mistake in a recipe is found before that.
-    from hdscale.engine.engines import check_zero_section
-    from hdscale.engine.launcher import check_hostfile
-    from hdscale.engine.pretraining_run import pretrain
+    # Torch and DeepSpeed take seconds to import: a mistake in a recipe is found before that.
+    from hdscale.engine.rendezvous import all_hosts
 
-    check_hostfile()
-    check_zero_section(options.ds_config, ds_config)
-    return pretrain(recipe, options.method, ds_config, allow_change=options.allow_change, stream=sys.stderr)
+    with all_hosts(recipe, ds_config=ds_config):
+        from hdscale.engine.engines import check_zero_section
+        from hdscale.engine.pretraining_run import pretrain
+
+        check_zero_section(options.ds_config, ds_config)
+        return pretrain(recipe, options.method, ds_config, allow_change=options.allow_change, stream=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -37,18 +37,19 @@ def main(argv: list[str]) -> int:
     ds_config = load_ds_config(options.ds_config)
     teacher_ds_config = load_ds_config(options.teacher_ds_config, stages=(3,))
 
-    # DeepSpeed takes seconds to import: a mistake in a recipe is found before that.
-    from hdscale.engine.distillation import distill
-    from hdscale.engine.engines import check_zero_section
-    from hdscale.engine.launcher import check_hostfile
-    from hdscale.engine.smoke import smoke
+    # Torch and DeepSpeed take seconds to import: a mistake in a recipe is found before that.
+    from hdscale.engine.rendezvous import all_hosts
 
-    check_hostfile()
-    check_zero_section(options.ds_config, ds_config)
-    check_zero_section(options.teacher_ds_config, teacher_ds_config)
-    if options.smoke is not None:
-        return smoke(recipe, options.smoke, ds_config, teacher_ds_config, stream=sys.stdout)
-    return distill(recipe, ds_config, teacher_ds_config, allow_change=options.allow_change, stream=sys.stderr)
+    with all_hosts(recipe, ds_config=ds_config, teacher_ds_config=teacher_ds_config):
+        from hdscale.engine.distillation import distill
+        from hdscale.engine.engines import check_zero_section
+        from hdscale.engine.smoke import smoke
+
+        check_zero_section(options.ds_config, ds_config)
+        check_zero_section(options.teacher_ds_config, teacher_ds_config)
+        if options.smoke is not None:
+            return smoke(recipe, options.smoke, ds_config, teacher_ds_config, stream=sys.stdout)
+        return distill(recipe, ds_config, teacher_ds_config, allow_change=options.allow_change, stream=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,16 @@ _ALLOWED_KEYS = (
     "steps_per_print",
 )
 
+_CHECKPOINTING_KEYS = {
+    "partition_activations": bool,
+    "cpu_checkpointing": bool,
+    "contiguous_memory_optimization": bool,
+    "number_checkpoints": int,
+    "synchronize_checkpoint_boundary": bool,
+    "profile": bool,
+}
+"""Of `activation_checkpointing`, which DeepSpeed does not check either."""
+
 _RECIPE_KEYS = {
     "train_batch_size": "optim.global_batch_size",
     "train_micro_batch_size_per_gpu": "optim.micro_batch_size",
@@ -66,6 +76,7 @@ def load_ds_config(path: Path, *, stages: tuple[int, ...] = (2, 3)) -> dict[str,
         raise UserError(f"DeepSpeed config {path} must be a JSON object, got a {type(values).__name__}")
     for key in values:
         _check_key(path, key)
+    _check_activation_checkpointing(path, values.get("activation_checkpointing", {}))
     zero = values.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in stages:
@@ -84,3 +95,20 @@ def _check_key(path: Path, key: str) -> None:
         else:
             hint = f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(_ALLOWED_KEYS)}"
         raise UserError(f"{path}: unknown key {key}{hint}")
+
+
+def _check_activation_checkpointing(path: Path, section: Any) -> None:
+    where = f"{path}: activation_checkpointing"
+    if not isinstance(section, dict):
+        raise UserError(f"{where} must be an object, got {section!r}; leave it out for PyTorch's own recomputation")
+    for key, value in section.items():
+        if key not in _CHECKPOINTING_KEYS:
+            close = difflib.get_close_matches(key, _CHECKPOINTING_KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(_CHECKPOINTING_KEYS)}"
+            raise UserError(f"{where}: unknown key {key}; {hint}")
+        if type(value) is not _CHECKPOINTING_KEYS[key]:
+            raise UserError(f"{where}.{key} must be {_CHECKPOINTING_KEYS[key].__name__}, got {value!r}")
+    if section.get("contiguous_memory_optimization"):
+        for key in ("partition_activations", "number_checkpoints"):
+            if not section.get(key):
+                raise UserError(f"{where}.contiguous_memory_optimization needs {key}, got {section.get(key)!r}")

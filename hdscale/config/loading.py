@@ -86,7 +86,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """List (field, old value, new value) of all fields that change a run's result."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flat_fields(old.model_dump(mode="json")), flat_fields(new.model_dump(mode="json"))
     return [
         (field, before.get(field), after.get(field))
         for field in sorted(before.keys() | after.keys())
@@ -110,18 +110,19 @@ def check_allowed(names: typing.Sequence[str]) -> None:
             )
 
 
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(free + ".") for free in _FREE_FIELDS)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_fields(values: typing.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name each value of nested sections by its path: `optim.lr`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flat_fields(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _is_free(field: str) -> bool:
+    return any(field == free or field.startswith(free + ".") for free in _FREE_FIELDS)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

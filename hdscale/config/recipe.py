@@ -35,6 +35,8 @@ class RunConfig(Section):
     """Seed of order, views, initial weights and drop-path."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Arithmetic of student and teachers. `auto`: bf16 where the GPU has it, fp16 on V100s, fp32 on CPUs."""
+    rendezvous_seconds: float = Field(default=120, gt=0)
+    """How long ranks wait for those of other hosts to start, before they name the missing ones."""
 
     @field_validator("name")
     @classmethod
@@ -151,8 +153,9 @@ class TeacherConfig(Section):
     match (a CLIP-L/14 is fed 196 px for 14 x 14 tokens)."""
     target: Literal["norm", "pre_norm", "projected"] = "norm"
     """Feature teacher: last block's tokens after the final norm, before it, or projected (CLIP)."""
-    sharding: Literal["replicate", "zero3"] = "zero3"
-    """Between steps, each rank holds the whole teacher, or its share of it (DeepSpeed ZeRO-3 inference engine)."""
+    sharding: Literal["replicate", "node", "zero3"] = "zero3"
+    """Between steps, each rank holds the whole teacher, or its share of it in a DeepSpeed ZeRO-3 inference engine: a
+    share among the ranks of its host (`node`: gathers stay inside), or among all."""
 
     @model_validator(mode="before")
     @classmethod

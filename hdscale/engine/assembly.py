@@ -18,6 +18,7 @@ from hdscale.engine.engines import build_student_engine, student_ds_config
 from hdscale.engine.metrics import MetricsWriter
 from hdscale.engine.quarantine import Quarantine
 from hdscale.engine.ranks import resolve_precision
+from hdscale.engine.rendezvous import check_same
 from hdscale.engine.run_folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
 from hdscale.engine.schedule import Schedule, build_schedule
 from hdscale.engine.stop import StopFlag
@@ -230,11 +231,5 @@ def _check_ranks_agree(run: Run, ranks: Ranks) -> None:
         **run.fingerprints,
     }
     everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, mine)
-    for rank, other in enumerate(everyone):
-        for name in everyone[0]:
-            if other.get(name) != everyone[0][name]:
-                raise UserError(
-                    f"rank {rank} has another {name} ({_short(other.get(name))}) than rank 0 "
-                    f"({_short(everyone[0][name])}): give all machines the same files, devices and versions"
-                )
+    dist.all_gather_object(everyone, {name: _short(value) for name, value in mine.items()})
+    check_same(everyone, ranks.hosts)

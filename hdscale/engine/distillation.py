@@ -289,7 +289,7 @@ def host_teachers(
     """Place the teachers as their `sharding` says, by recipe section; the student's engine must exist already."""
     return {
         name: build_teacher_engine(
-            teacher, ds_config, sharding=getattr(recipe, name).sharding, precision=precision, device=ranks.device
+            teacher, ds_config, sharding=getattr(recipe, name).sharding, precision=precision, ranks=ranks
         )
         for name, teacher in teachers.named().items()
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdscale.config.recipe import OptimConfig
+    from hdscale.engine.ranks import Ranks
 
 Engine: TypeAlias = Any
 """A `deepspeed.DeepSpeedEngine`: it gets its attributes at run time, where a type checker does not see them."""
@@ -91,21 +92,71 @@ def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: Op
 
 
 def build_teacher_engine(
-    teacher: nn.Module, ds_config: Mapping[str, Any], *, sharding: str, precision: str, device: torch.device
+    teacher: nn.Module, ds_config: Mapping[str, Any], *, sharding: str, precision: str, ranks: Ranks
 ) -> nn.Module:
-    """Place a frozen teacher: whole on every rank (`replicate`), or each rank's share of it (`zero3`)."""
+    """Place a frozen teacher; every rank has to call it, after the student's engine is built.
+
+    Args:
+        teacher: on the CPU.
+        ds_config: checked ZeRO-3 config.
+        sharding: `replicate`: whole on every rank; `zero3`: split over all ranks; `node`: over the ranks of each host,
+            so that gathers never leave it.
+        precision: of the run.
+        ranks: this process.
+    """
     teacher = teacher.to(DTYPES[precision])
     if sharding == "replicate":
-        return teacher.to(device)
+        return teacher.to(ranks.device)
     config = {
         "steps_per_print": 2**31 - 1,
         **ds_config,
         "train_micro_batch_size_per_gpu": 1,
         **_precision_section(precision),
     }
-    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    engine, *_ = deepspeed.initialize(
+        model=teacher, config=config, mpu=_HostMesh(ranks) if sharding == "node" else None
+    )
+    # DeepSpeed keeps the last mesh it was given for the whole process: the next engine would take it for its own.
+    deepspeed.utils.groups.mpu = None
     engine.eval()  # returns None, unlike a module's
     return engine
+
+
+class _HostMesh:
+    """The ranks of one host as DeepSpeed's data-parallel group.
+
+    `zero_hpz_partition_size`, its own way to shard within a node, needs an optimizer and fails without one.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        by_host: dict[str | None, list[int]] = {}
+        for rank, host in enumerate(ranks.hosts):
+            by_host.setdefault(host, []).append(rank)
+        for members in by_host.values():  # all ranks make all groups, in the same order
+            group = deepspeed.comm.new_group(members)
+            if ranks.rank in members:
+                self._group, self._members, self._rank = group, members, members.index(ranks.rank)
+
+    def get_data_parallel_group(self) -> Any:
+        return self._group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self._members
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self._members)
+
+    def get_data_parallel_rank(self) -> int:
+        return self._rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_group(self) -> None:
+        return None
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
@@ -135,8 +186,26 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def checkpoint_function(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own)."""
-    return deepspeed.checkpointing.checkpoint if ds_config.get("activation_checkpointing") else None
+    """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own).
+
+    Raises:
+        UserError: activations are to go to the CPU, and are there.
+    """
+    section = ds_config.get("activation_checkpointing")
+    if not section:
+        return None
+    if section.get("cpu_checkpointing") and not torch.cuda.is_available():
+        raise UserError(
+            "activation_checkpointing.cpu_checkpointing moves activations from a GPU to the CPU, and no GPU is "
+            "visible: leave it out of the DeepSpeed config"
+        )
+
+    def checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
+        # It empties what it is given, to keep a part or a copy elsewhere. Others use these tensors as well: relation
+        # layers, or all blocks a common bias.
+        return deepspeed.checkpointing.checkpoint(function, *(tensor.view_as(tensor) for tensor in tensors))
+
+    return checkpoint
 
 
 def configure_checkpointing(ds_config: Mapping[str, Any], world_size: int) -> None:

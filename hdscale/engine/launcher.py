@@ -1,11 +1,15 @@
-"""What the DeepSpeed launcher keeps to itself: read from the command lines of our ancestors.
+"""What the launcher keeps to itself: read from the command lines of our ancestors.
 
-The launcher takes `--hostfile` out of the arguments, and a hostfile that is not there makes it fall back to a local
-run with a warning. A person who named a hostfile wants those hosts or an error.
+DeepSpeed's takes `--hostfile` out of the arguments, and a hostfile that is not there makes it fall back to a local run
+with a warning. A person who named a hostfile wants those hosts or an error. Its second stage, one process a host, gets
+the hosts as `--world_info`.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 import os
 from pathlib import Path
 
@@ -30,6 +34,38 @@ def check_hostfile(command_lines: list[list[str]] | None = None) -> None:
                 f"--hostfile {hostfile} does not exist: the launcher would train on this machine alone; "
                 "write one line `HOST slots=GPUS` a machine, or leave --hostfile out"
             )
+
+
+def planned_hosts(world_size: int, command_lines: list[list[str]] | None = None) -> list[str | None]:
+    """Return the host that each rank was meant to run on, whether it got there or not.
+
+    Args:
+        world_size: number of ranks.
+        command_lines: as for `check_hostfile`.
+
+    Returns:
+        A name a rank: from DeepSpeed's launcher, or from HDSCALE_HOSTS, comma-separated names of hosts with equal
+        numbers of consecutive ranks (launch/slurm/train.sbatch). None for each where neither is there (torchrun).
+    """
+    for arguments in ancestor_command_lines() if command_lines is None else command_lines:
+        for word in arguments:
+            if word.startswith("--world_info="):
+                slots = _decode_world_info(word.partition("=")[2])
+                hosts = [host for host, devices in slots.items() for _ in devices]
+                if len(hosts) == world_size:
+                    return list(hosts)
+    named = [name for name in os.environ.get("HDSCALE_HOSTS", "").split(",") if name]
+    if named and world_size % len(named) == 0:
+        return [named[rank * len(named) // world_size] for rank in range(world_size)]
+    return [None] * world_size
+
+
+def _decode_world_info(text: str) -> dict[str, list[int]]:
+    """Decode {host: [device, ...]}; ranks count through it. Empty for what DeepSpeed did not write."""
+    try:
+        return json.loads(base64.urlsafe_b64decode(text))
+    except (binascii.Error, ValueError):
+        return {}
 
 
 def ancestor_command_lines() -> list[list[str]]:

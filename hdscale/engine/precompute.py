@@ -70,7 +70,7 @@ def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: Te
         dist.barrier()
         store = MaskStore.open(recipe.mask.store)
         sharding = recipe.relation_teacher.sharding
-        engine = build_teacher_engine(teacher, ds_config, sharding=sharding, precision=precision, device=ranks.device)
+        engine = build_teacher_engine(teacher, ds_config, sharding=sharding, precision=precision, ranks=ranks)
         return _fill(_Writer(recipe, shards, store, engine, ranks), stream)
 
 

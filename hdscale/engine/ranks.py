@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,14 +14,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.logging import set_log_level_from_string
 
+from hdscale.engine.rendezvous import meeting
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hdscale.engine.rendezvous import Rendezvous
+
 _PR_SET_PDEATHSIG = 1
 
-_RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,6 +36,7 @@ class Ranks(NamedTuple):
     world_size: int
     local_rank: int
     device: torch.device
+    hosts: tuple[str | None, ...] = ()  # the host of each rank
 
     @property
     def is_first(self) -> bool:
@@ -43,28 +46,48 @@ class Ranks(NamedTuple):
 
 @contextlib.contextmanager
 def distributed() -> Iterator[Ranks]:
-    """Join the process group that the launcher described, or make one of this process alone; leave it at the end.
+    """Join the process group of all ranks that have met, or make one of this process alone; leave it at the end.
 
     Inside another such block, this is the same group, and the outer block leaves it. Workers end with their launcher.
+
+    Raises:
+        UserError: another rank has found a mistake of the user's; the message names its host.
+        LostRankError: inside, a collective has failed because another rank is gone.
     """
+    global _hosts
     if dist.is_initialized():
         yield _this_process()
         return
     if "RANK" in os.environ:
         _follow_the_launcher()
-    else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with meeting() as place:
+        place.wait_until_ready()
+        _hosts = place.hosts
+        _join(place)
+        yield _this_process()
+        # Not after an exception: the others may be waiting for this rank, and leaving would wait for them.
+        dist.destroy_process_group()
+
+
+_hosts: tuple[str | None, ...] = ()
+
+
+def _join(place: Rendezvous) -> None:
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)
     set_log_level_from_string("warning")  # a run has its own log; DeepSpeed's repeats its configuration on every rank
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_RENDEZVOUS_TIMEOUT, verbose=False)
-    yield _this_process()
-    # Not after an exception: the others may be waiting for this rank, and leaving would wait for them.
-    dist.destroy_process_group()
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend,
+        store=place.group_store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=_COLLECTIVE_TIMEOUT,
+        device_id=device,
+    )
+    deepspeed.init_distributed(backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
 
 
 def _follow_the_launcher() -> None:
@@ -76,7 +99,7 @@ def _follow_the_launcher() -> None:
 def _this_process() -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, _hosts)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:

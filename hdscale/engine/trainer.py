@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hdscale.engine.checkpoint import save_checkpoint
+from hdscale.engine.collectives import watch_collectives
 from hdscale.engine.training_state import gather_shard, optimizer_state
 from hdscale.hashing import hash64
 from hdscale.types import Batch, LossTerms
@@ -135,11 +136,22 @@ def to_device(batch: Batch, ranks: Ranks) -> Batch:
     return batch._replace(**moved)
 
 
+class _Reading(NamedTuple):
+    """What the meter has seen between two log lines; shares are of this rank's time."""
+
+    losses: LossTerms  # means over steps and ranks
+    images_per_second: float  # of all ranks
+    data_wait: float
+    communication: float
+    sent_bytes: float  # by this rank in DeepSpeed's collectives, a micro-step
+
+
 class _Meter:
     """Sums losses on the device and seconds on the host between two log lines."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._collectives = watch_collectives()
         self._sums = torch.zeros(len(LossTerms._fields), device=ranks.device)
         self._count = 0
         self._waited = 0.0
@@ -159,31 +171,33 @@ class _Meter:
 
     def restart_clock(self) -> None:
         """Leave the time since the last log line out of the rate (a checkpoint was written)."""
+        self._collectives.read()
         self._started = time.perf_counter()
         self._waited = 0.0
         self._images = 0
 
-    def read(self) -> tuple[LossTerms, float, float]:
-        """Reduce over ranks and start anew; this waits for the device.
-
-        Returns:
-            Mean losses, images a second over all ranks, the share of time spent waiting for data.
-        """
+    def read(self) -> _Reading:
+        """Reduce over ranks and start anew; this waits for the device."""
         means = self._sums / max(1, self._count)
         dist.all_reduce(means)
-        losses = LossTerms(*(means / self._ranks.world_size).tolist())
+        traffic = self._collectives.read()
         elapsed = time.perf_counter() - self._started
-        rate = self._images * self._ranks.world_size / elapsed
-        share = self._waited / elapsed
+        reading = _Reading(
+            LossTerms(*(means / self._ranks.world_size).tolist()),
+            self._images * self._ranks.world_size / elapsed,
+            self._waited / elapsed,
+            traffic.seconds / elapsed,
+            traffic.total.sent_bytes / max(1, self._count),
+        )
         self._sums.zero_()
         self._count = 0
         self.restart_clock()
-        return losses, rate, share
+        return reading
 
 
 def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: int) -> None:
-    losses, rate, data_wait = meter.read()
-    plan = trainer.plan
+    reading = meter.read()
+    losses, rate, plan = reading.losses, reading.images_per_second, trainer.plan
     if metrics is None:
         return
     samples = step * plan.global_batch_size
@@ -203,14 +217,25 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "loss_scale": float(trainer.engine.optimizer.loss_scale),
         "skipped_steps": trainer.engine.skipped_steps,
         "images_per_second": rate,
-        "data_wait": data_wait,
+        "data_wait": reading.data_wait,
+        "communication": reading.communication,
+        "sent_gb": reading.sent_bytes * plan.accumulation / 1e9,
         "bad_samples": len(trainer.quarantine.sample_ids),
         "mfu": mfu,
         "flops_per_image": plan.flops_per_image,
         "memory_gb": peak_memory_gb(trainer.ranks),
     }
     metrics.write(line)
-    trainer.progress(0, f"loss {losses.total:.4f}, {rate:.1f} images/s")
+    trainer.progress(0, f"loss {losses.total:.4f}, {rate:.1f} images/s{_limit(reading)}")
+
+
+def _limit(reading: _Reading) -> str:
+    """Name what takes more than half of the time, if it is not the computation."""
+    if reading.communication > 0.5:
+        return f", communication is the limit ({reading.communication:.0%} of the time in collectives)"
+    if reading.data_wait > 0.5:
+        return f", data is the limit ({reading.data_wait:.0%} of the time waiting for it)"
+    return ""
 
 
 def peak_memory_gb(ranks: Ranks) -> float:

@@ -31,6 +31,19 @@ def test_every_shipped_config_passes_our_check_and_deepspeed_s_own(path):
         ({"elasticity": {}}, ["unknown key elasticity", "known here: zero_optimization"]),
         ({"zero_optimization": {"stage": 1}}, ["zero_optimization.stage must be 2 or 3, got 1"]),
         ({"zero_optimization": 3}, ["zero_optimization.stage must be 2 or 3, got None"]),
+        ({"activation_checkpointing": True}, ["activation_checkpointing must be an object, got True"]),
+        (
+            {"activation_checkpointing": {"partitioned_activations": True}},  # as DeepSpeed's own help spells it
+            ["activation_checkpointing: unknown key partitioned_activations", "did you mean partition_activations?"],
+        ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": "yes"}},
+            ["activation_checkpointing.cpu_checkpointing must be bool, got 'yes'"],
+        ),
+        (
+            {"activation_checkpointing": {"contiguous_memory_optimization": True, "partition_activations": True}},
+            ["contiguous_memory_optimization needs number_checkpoints, got None"],
+        ),
     ],
 )
 def test_each_mistake_names_file_key_and_way_out(tmp_path, values, parts):

@@ -167,6 +167,24 @@ def resume(lab):
     return found
 
 
+CHECKPOINTING = {"none": None, "torch": None, "partitioned": {"partition_activations": True}}
+# Tokens that are targets and a bias that all blocks share are used outside the blocks that are recomputed.
+USED_ELSEWHERE = ["relation.target=features", "relation.layers=[0, 1]", "student.rel_pos_bias=true"]
+
+
+def checkpointing(lab):
+    """Take a few steps with every kind of activation checkpointing that a CPU has, and with none."""
+    codes = {}
+    for kind, section in CHECKPOINTING.items():
+        every = 0 if kind == "none" else 1
+        small = ["student.drop_path=0.3", "schedule.stop_after=4", f"student.checkpoint_every={every}"]
+        for stage, overrides in ((2, USED_ELSEWHERE), ("3all", [])):
+            name = f"checkpointing-{kind}-z{stage}"
+            config = lab.configs[stage] | ({"activation_checkpointing": section} if section else {})
+            codes[name] = distill(lab.recipe(name, *small, *overrides), config, lab.teacher)
+    return codes
+
+
 def interrupt(lab):
     """Send SIGTERM to the last rank in its fourth step."""
     batches = []
@@ -357,6 +375,7 @@ BY_RANKS = {
         masks,
         curves_of_two,
         others,
+        checkpointing,
         resume,
         interrupt,
         elastic_source,

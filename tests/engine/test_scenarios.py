@@ -395,3 +395,14 @@ def test_a_smoke_run_prints_its_figures_once_and_leaves_nothing_behind(stage, wo
     assert float(lines[3].split(": ")[1].split()[0]) > 0
     assert len(lines[4].split(": ")[1].split(", ")) == 3  # two ranks, and a remark
     assert not (world.folder / "runs/smoke").exists()
+
+
+@pytest.mark.parametrize("stage", ["2", "3all"])
+@pytest.mark.parametrize("kind", ["torch", "partitioned"])
+def test_recomputed_activations_give_the_same_losses_whoever_keeps_them(kind, stage, curve, two_ranks):
+    name, plain = f"checkpointing-{kind}-z{stage}", f"checkpointing-none-z{stage}"
+    assert two_ranks["checkpointing"][name] == two_ranks["checkpointing"][plain] == 75
+    losses = curve(name)
+    assert len(losses) == 4
+    assert losses == curve(plain)
+    assert curve(name, "grad_norm") == curve(plain, "grad_norm")

@@ -346,3 +346,11 @@ def test_a_run_root_that_is_a_file_is_named_before_anything_is_removed_from_it(t
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); set run.root and run.name"):
         mark_done(tmp_path / "file/run", done=False)
+
+
+def test_activations_cannot_go_to_the_cpu_without_a_gpu(own_world, spoiled, capsys):
+    config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    path = own_world.folder / "mine.json"
+    path.write_text(json.dumps(config | {"activation_checkpointing": {"cpu_checkpointing": True}}))
+    message = spoiled(capsys, ONLINE, options=["--ds_config", str(path)])
+    assert has(message, "activation_checkpointing.cpu_checkpointing", "no GPU is visible", "leave it out")

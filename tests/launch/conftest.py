@@ -1,0 +1,15 @@
+import os
+
+import pytest
+
+from tests.cluster import hosts_on_one_machine, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Four hosts, one of which tests may switch off if they switch it on again."""
+    reason = why_not()
+    if reason is not None and "CI" not in os.environ:  # where nothing may be skipped
+        pytest.skip(reason)
+    with hosts_on_one_machine(tmp_path_factory.mktemp("hosts") / "cluster", 4) as cluster:
+        yield cluster
