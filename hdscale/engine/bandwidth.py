@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hdscale.engine.ranks import Ranks
 
 _SIZES = (10**6, 64 * 10**6)  # bytes
-_SECONDS = 2.0  # of measuring a size
+_SECONDS = 1.0  # of measuring a size
 _MOST_SECONDS = 10.0  # of a single all-reduce: the larger size shrinks until it fits
 _MOST_REPEATS = 50
 _MARK = "hdscale-rates "
@@ -58,7 +58,8 @@ def measure_all_reduce(ranks: Ranks) -> list[Rate]:
     if len(machines) > 1 and len(machines) < ranks.world_size:
         sets["one rank a machine"] = [machine[0] for machine in machines]
     if len(machines) > 1:
-        sets |= {f"machine {i}": machine for i, machine in enumerate(machines) if len(machine) > 1}
+        names = [ranks.hosts[machine[0]] or f"machine {place}" for place, machine in enumerate(machines)]
+        sets |= {name: machine for name, machine in zip(names, machines, strict=True) if len(machine) > 1}
     rates: list[Rate] = []
     for among, members in sets.items():
         group: Any = dist.new_group(members)  # every rank has to call this, members or not
@@ -148,7 +149,10 @@ def launch_all_reduce(script: Path, hostfile: Path | None, num_devices: int) -> 
                 process.communicate(timeout=30)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            return [], f"no result within {_PATIENCE} seconds"
+            return [], (
+                f"no result within {_PATIENCE} seconds; see whether the machines reach each other at all ports, and "
+                "name their network in .deepspeed_env (NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME)"
+            )
     lines = [line for line in out.splitlines() if _MARK in line]
     if lines:
         return [Rate(*rate) for rate in json.loads(lines[-1].partition(_MARK)[2])], ""
@@ -169,7 +173,7 @@ def render_rates(rates: Sequence[Rate]) -> str:
     """Return a line a measurement, and what it means for a training step."""
     lines = [
         f"all-reduce, {rate.among} ({rate.ranks} ranks), {rate.num_bytes / 1e6:.0f} MB: {rate.seconds * 1e3:.1f} ms, "
-        f"bus bandwidth {rate.bus_bandwidth:.2f} GB/s"
+        f"bus bandwidth {rate.bus_bandwidth:.3g} GB/s"
         for rate in rates
     ]
     whole = [rate for rate in rates if rate.among == "all ranks"]

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdscale.data.index import open_shards
-from hdscale.engine.ranks import DTYPES
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
 
@@ -98,9 +97,15 @@ def device_checks(device: torch.device, precision: str) -> Iterator[Check]:
     with torch.cuda.device(device):
         yield check_architecture(device)
         yield check_precision(precision)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        resolved = ("bf16" if native else "fp16") if precision == "auto" else precision
-        yield check_attention(device, DTYPES[resolved])
+        yield check_attention(device, _dtype(precision))
+
+
+def _dtype(precision: str) -> torch.dtype:
+    """Return what a run computes in on the current device."""
+    if precision == "fp32":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and native) else torch.float16
 
 
 def check_architecture(device: torch.device) -> Check:

@@ -25,5 +25,5 @@ def test_the_consequence_is_computed_from_the_largest_message_among_all_ranks():
         Rate("machine 0", 2, 64_000_000, 0.001),
     ]
     lines = render_rates(rates).splitlines()
-    assert lines[1] == "all-reduce, all ranks (4 ranks), 64 MB: 96.0 ms, bus bandwidth 1.00 GB/s"
+    assert lines[1] == "all-reduce, all ranks (4 ranks), 64 MB: 96.0 ms, bus bandwidth 1 GB/s"
     assert lines[3].startswith("ViT-L under ZeRO-2 in fp16 moves 1.82 GB x (R - 1) / R a rank and step: 1.36 s at that")

@@ -1,4 +1,4 @@
-"""`loss_scale` in the log: DeepSpeed refuses fp16 engines on a CPU, so its own scaler and properties stand here alone."""
+"""`loss_scale` in the log: DeepSpeed refuses fp16 engines on a CPU, so its scaler and properties stand here alone."""
 
 from types import SimpleNamespace
 
@@ -63,7 +63,7 @@ def log(optimizer):
         "progress": lambda *_: None,
         "quarantine": SimpleNamespace(sample_ids=[]),
     }
-    meter = SimpleNamespace(read=lambda: (LossTerms(1.0, 0.5, 0.5), 100.0, 0.0))
+    meter = SimpleNamespace(read=lambda: trainer._Reading(LossTerms(1.0, 0.5, 0.5), 100.0, 0.0, 0.0, 0.0))
     written = Written()
     trainer._log(trainer.Trainer(**fields), meter, written, 3)
     (line,) = written.lines

@@ -74,7 +74,8 @@ def test_a_launch_that_fails_or_hangs_says_why(launcher_environment, tmp_path, m
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)\n"
     )
     rates, error = launch_all_reduce(script, None, 1)
-    assert (rates, error) == ([], "no result within 8 seconds")
+    assert rates == []
+    assert error.startswith("no result within 8 seconds; see whether the machines reach each other")
     started = tmp_path / "pid"  # unless this machine is too busy
     assert not started.exists() or not Path(f"/proc/{started.read_text()}").exists()
 
