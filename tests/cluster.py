@@ -6,6 +6,7 @@ iproute2, openssh-server and pdsh.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from typing import NamedTuple
 _BRIDGE = "hds-switch"  # a namespace of its own: the machine's network stays as it is
 _NETWORK = "10.213.77"
 _SSHD = "/usr/sbin/sshd"
+_LOCK = Path("/tmp/hds-hosts.lock")
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
 _TOOLS |= {_SSHD: "openssh-server", "pdsh": "pdsh", "nsenter": "util-linux", "unshare": "util-linux"}
 
@@ -202,13 +204,15 @@ class Cluster:
 @contextlib.contextmanager
 def hosts_on_one_machine(folder, count):
     """Yield a cluster; whatever happens, it is gone afterwards. What a killed test run has left goes first."""
-    _sweep()
-    try:
-        cluster = Cluster(folder, count)
-        yield cluster
-        cluster.close()
-    finally:
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test run on this machine has the same hosts
         _sweep()
+        try:
+            cluster = Cluster(folder, count)
+            yield cluster
+            cluster.close()
+        finally:
+            _sweep()
 
 
 def _sweep():

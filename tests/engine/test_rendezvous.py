@@ -4,6 +4,7 @@ import base64
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -28,6 +29,7 @@ def free_port():
 def ranks(monkeypatch):
     """Four open meetings, and a way to let each do something at once."""
     monkeypatch.setattr(rendezvous, "_FAREWELL_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous, "_READY_SECONDS", 3.0)
     monkeypatch.setattr(rendezvous, "_ROLL_CALL_POLL_SECONDS", 0.05)
     store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
     meetings = [Rendezvous(store.clone(), rank, HOSTS) for rank in range(4)]
@@ -83,14 +85,23 @@ def test_ranks_that_do_not_get_ready_are_named(ranks, monkeypatch):
     assert caught.value.told_by == 0
 
 
-def test_a_rank_without_a_word_is_named_by_all_others(ranks):
+class Gone:
+    """The store of a rank 0 that has ended."""
+
+    def set(self, *_):
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def test_a_rank_without_a_word_is_named_by_all_others(ranks, monkeypatch):
     ranks[2].close()  # killed: nobody answers
     ends = together(*[lambda place=place: place.explain(broken()) for place in (ranks[0], ranks[1])])
     assert all(isinstance(end, LostRankError) and end.told_by == 0 for end in ends)
     assert all(str(end).startswith("node2 (rank 2) ended without a word") for end in ends)
-    # Rank 3 hung in a collective with others; the store may be gone when it learns of it.
+    # Rank 3 hung in a collective with others, and the store is gone when its own connections break.
+    time.sleep(0.5)
+    monkeypatch.setattr(ranks[3], "store", Gone())
     late = ranks[3].explain(broken())
-    assert str(late) == str(ends[0])
+    assert (str(late), late.told_by) == (str(ends[0]), 0)
 
 
 def test_the_lowest_rank_that_is_left_tells_of_rank_0(ranks):
@@ -115,10 +126,6 @@ def test_a_broken_connection_while_all_are_there_stays_what_it_is(ranks):
 
 
 def test_without_the_store_rank_0_is_the_one_that_is_gone(ranks, monkeypatch):
-    class Gone:
-        def set(self, *_):
-            raise dist.DistNetworkError("Broken pipe")
-
     monkeypatch.setattr(ranks[2], "store", Gone())
     assert str(ranks[2].explain(broken())).startswith("node1 (rank 0) ended without a word")
 

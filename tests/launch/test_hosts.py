@@ -107,6 +107,14 @@ def test_a_host_that_is_down_is_named(launch, cluster):
     assert "node1: ssh exited with exit code 2" in done.stderr
 
 
+def test_a_first_host_that_is_none_is_named_by_the_launcher(launch, cluster):
+    hostfile = cluster.folder / "wrong-hosts"
+    hostfile.write_text("nod1 slots=1\nnode2 slots=1\n")
+    done = launch("none", hostfile=hostfile)
+    assert done.returncode == 1
+    assert "host=nod1 was not reachable via ssh" in done.stderr
+
+
 @pytest.fixture
 def other_on_node2(cluster, tmp_path):
     """Show node2 another file or folder than the other hosts."""
