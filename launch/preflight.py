@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     from hdscale.engine import bandwidth, hosts
-    from hdscale.engine.preflight import Question, machine_facts
+    from hdscale.engine.machine import Question, machine_facts
 
     if options.all_reduce:
         from hdscale.engine.ranks import distributed

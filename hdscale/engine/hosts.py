@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hdscale.engine.preflight import Check, Facts, Question, check_run_root, marked
+from hdscale.engine.machine import Facts, Question, check_run_root, marked
+from hdscale.engine.preflight import Check
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:

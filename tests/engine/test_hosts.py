@@ -15,7 +15,8 @@ from hdscale.engine.hosts import (
     remote_command,
     render,
 )
-from hdscale.engine.preflight import Check, Facts, Question
+from hdscale.engine.machine import Facts, Question
+from hdscale.engine.preflight import Check
 from hdscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,8 @@
 """What a GPU would say is made up here: no test machine has one."""
 
 import contextlib
+import os
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -8,21 +10,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from hdscale.engine import preflight
-from hdscale.engine.preflight import (
-    Check,
+from hdscale.engine import machine, preflight
+from hdscale.engine.machine import (
     Question,
-    check_architecture,
-    check_attention,
     check_compiler,
     check_memory,
     check_run_root,
     check_shared_memory,
-    device_checks,
+    find_own_tools,
     machine_facts,
     marked,
-    quick_check,
 )
+from hdscale.engine.preflight import Check, check_architecture, check_attention, device_checks, quick_check
 from hdscale.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -196,9 +195,23 @@ def test_a_compiler_is_needed_by_cpu_ranks_only(monkeypatch, tmp_path):
     assert check_compiler(gpu=True).ok is None
 
 
+def test_this_python_s_folder_comes_first_and_once(monkeypatch):
+    folder = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # what sshd gives
+    find_own_tools()
+    find_own_tools()
+    assert os.environ["PATH"] == f"{folder}:/usr/bin:/bin"
+    monkeypatch.setenv("PATH", f"/usr/bin:{folder}")  # whoever has put it there has chosen the order
+    find_own_tools()
+    assert os.environ["PATH"] == f"/usr/bin:{folder}"
+    monkeypatch.delenv("PATH")
+    find_own_tools()
+    assert os.environ["PATH"].startswith(f"{folder}:")
+
+
 def test_a_container_s_shared_memory_is_too_small(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage(64e6, 0, 64e6))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: usage(64e6, 0, 64e6))
     check = check_shared_memory(8, tmp_path)
     assert check.ok is False
     assert "give it 2.0 GB (docker run --shm-size), or set data.workers=0" in check.what_to_do
