@@ -41,6 +41,7 @@ class Tokens(NamedTuple):
 
     batch: int
     num_tokens: int  # n: prefix and kept tokens
+    embedded_tokens: int  # prefix tokens and all patches
     embed_dim: int  # d
     num_heads: int
     depth: int
@@ -125,8 +126,14 @@ def largest_sub_group(groups: Groups, ranks: int, sub_group_size: int) -> int:
 
 
 def live_bytes(counts: Sequence[int], gathering: Gathering, precision: Precision) -> int:
-    """Bytes of gathered parameters at most: up to `max_live_parameters`, and what a module needs is gathered anyway."""
-    return element_bytes(precision) * min(sum(counts), gathering.max_live_parameters + max(counts))
+    """Bytes of gathered parameters at most.
+
+    As much as may be live, and the buffer of a prefetch, from which the next are assembled; each may be overshot by
+    one parameter.
+    """
+    total, largest = sum(counts), max(counts)
+    live = min(total, _kept(gathering) + largest)
+    return element_bytes(precision) * (live + min(total, gathering.prefetch_bucket_size + largest))
 
 
 def teacher_bytes(
@@ -146,7 +153,8 @@ def teacher_bytes(
     if sharding == "replicate":
         return size * sum(counts)
     over = ranks if sharding == "zero3" else min(ranks, ranks_per_node)
-    return size * (shard_elements(counts, over) + persistent_elements(counts, persistence_threshold))
+    whole = persistent_elements(counts, persistence_threshold) if over > 1 else 0  # one rank's shard is the parameter
+    return size * (shard_elements(counts, over) + whole)
 
 
 def student_traffic(
@@ -180,7 +188,7 @@ def student_traffic(
     whole = ranks * shard_elements(counts, ranks)
     persistent = [count for count in counts if count <= gathering.param_persistence_threshold]
     small = ranks * shard_elements(persistent, ranks)
-    kept = min(whole - small, max(gathering.max_live_parameters, gathering.max_reuse_distance // 2))
+    kept = min(whole - small, _kept(gathering))
     gathered = small + accumulation * (2 * (whole - small) - kept)
     return {"all_gather_into_tensor": size * gathered, "reduce_scatter_tensor": size * accumulation * whole}
 
@@ -232,30 +240,38 @@ def activation_bytes(tokens: Tokens, precision: Precision, *, checkpoint: bool =
     width = places * tokens.embed_dim
     block = block_activation_bytes(tokens, precision)
     blocks = size * tokens.depth * width + block if checkpoint else tokens.depth * block
-    return blocks + _embedding_bytes(tokens, size) + _head_bytes(tokens, size) + _relation_bytes(tokens, size)
+    rest = _embedding_bytes(tokens, size) + _head_bytes(tokens, size)
+    return blocks + rest + _relation_bytes(tokens, size, checkpoint=checkpoint)
 
 
 def _embedding_bytes(tokens: Tokens, size: int) -> int:
-    """Normalised images, and the tokens that go into the first block."""
-    return size * (tokens.batch * tokens.image_elements + tokens.batch * tokens.num_tokens * tokens.embed_dim)
+    """Normalised images, the tokens of all patches, which dropping some keeps, and those that go into block 0."""
+    embedded = tokens.embedded_tokens if tokens.embedded_tokens != tokens.num_tokens else 0
+    return size * tokens.batch * (tokens.image_elements + (embedded + tokens.num_tokens) * tokens.embed_dim)
 
 
 def _head_bytes(tokens: Tokens, size: int) -> int:
-    """Final norm, head's input and output, and the standardised target."""
-    places = tokens.batch * tokens.num_tokens
-    kept = size * places * tokens.embed_dim + 2 * _FP32 * places
-    if tokens.teacher_dim:
-        compared = tokens.batch * tokens.num_compared
-        kept += size * compared * (tokens.embed_dim + tokens.teacher_dim) + _FP32 * compared * tokens.teacher_dim
-    return kept
+    """The final norm's means and deviations; head's input and output, the standardised target and the difference."""
+    compared = tokens.batch * tokens.num_compared if tokens.teacher_dim else 0
+    head = size * compared * (tokens.embed_dim + tokens.teacher_dim) + 2 * _FP32 * compared * tokens.teacher_dim
+    return head + 2 * _FP32 * tokens.batch * tokens.num_tokens
 
 
-def _relation_bytes(tokens: Tokens, size: int) -> int:
-    """Of each layer the scaled Q, K and their product, in float32; both are copied where a batch cannot be viewed."""
+def _relation_bytes(tokens: Tokens, size: int, *, checkpoint: bool) -> int:
+    """Of each layer the scaled Q, K and their product, in float32.
+
+    A batch's K is copied. A single float32 image's is a view, which keeps Q, K and V together where its block does not.
+    """
     places = tokens.batch * tokens.relation_tokens
-    copies = 1 if tokens.batch == 1 and size == _FP32 else 2
-    layer = copies * places * tokens.embed_dim + places * tokens.relation_tokens * tokens.num_heads
+    is_view = tokens.batch == 1 and size == _FP32
+    widths = 1 + (3 * checkpoint if is_view else 1)
+    layer = widths * places * tokens.embed_dim + places * tokens.relation_tokens * tokens.num_heads
     return _FP32 * tokens.relation_layers * layer
+
+
+def _kept(gathering: Gathering) -> int:
+    """Elements that stay gathered; a parameter of the last m elements is used again after 2 m others at most."""
+    return max(gathering.max_live_parameters, gathering.max_reuse_distance // 2)
 
 
 def _padded(group: Sequence[int], ranks: int) -> int:
