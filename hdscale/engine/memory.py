@@ -237,7 +237,7 @@ class _Steps:
                 Figure("gathered, between steps", held["between steps"], formulas.element_bytes(precision) * small)
             )
         if self.trial.sharding == "zero3" and ranks > 1:
-            asked = _gathering(teacher_ds_config)
+            asked = _teacher_gathering(teacher_ds_config)
             sizes = [counts for counts, _ in teacher_counts(self.session)]
             live = max((formulas.live_bytes(counts, asked, precision) for counts in sizes), default=0)
             figures.append(Figure("teachers gathered, at most", held["teachers gathered"], live))
@@ -307,7 +307,7 @@ def optimizer_groups(engine: Engine) -> list[list[int]]:
             groups.setdefault(zero.sub_group_to_group_id[number], []).extend(map(_elements, sub_group))
         return list(groups.values())
     if hasattr(zero, "bit16_groups"):  # ZeRO-2
-        return [list(map(_elements, group)) for group in zero.bit16_groups]
+        return [list(map(_elements, group)) for group in zero.round_robin_bit16_groups]  # in the order of parts
     return [list(map(_elements, group["params"])) for group in zero.param_groups]
 
 
@@ -483,6 +483,11 @@ def _gathering(ds_config: Mapping[str, Any]) -> Gathering:
     return Gathering(*(zero.get(f"stage3_{name}", getattr(plain, name)) for name in Gathering._fields))
 
 
+def _teacher_gathering(ds_config: Mapping[str, Any]) -> Gathering:
+    """Without reuse: a pass without gradients uses each parameter once."""
+    return _gathering(ds_config)._replace(max_reuse_distance=0)
+
+
 def _elements(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
@@ -599,7 +604,7 @@ def resident_parts(
     else:
         passes += bucket * (2 if zero.get("overlap_comm") else 1)
     sharded = [sizes for sizes, sharding in teachers if sharding != "replicate"]
-    asked = _gathering(teacher_ds_config)
+    asked = _teacher_gathering(teacher_ds_config)
     moments = {
         "while the teachers run": max((formulas.live_bytes(sizes, asked, precision) for sizes in sharded), default=0),
         "while the student runs": passes,

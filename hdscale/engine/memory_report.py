@@ -136,12 +136,11 @@ def load_recipes(options: MemoryOptions, root: Path) -> tuple[Recipe, Recipe]:
     Raises:
         UserError: an option or a recipe that is wrong.
     """
-    for name, allowed in (("ranks", range(1, 1025)), ("stages", (0, 2, 3))):
-        for value in getattr(options, name):
-            if value not in allowed:
-                raise UserError(
-                    f"--{name} {value}: choose from {'1, 2, 4 and so on' if name == 'ranks' else '0, 2, 3'}"
-                )
+    for stage in options.stages:
+        if stage not in (0, 2, 3):
+            raise UserError(f"--stages must be among 0, 2 and 3, got {stage}")
+    if min(options.ranks) < 1:
+        raise UserError(f"--ranks must be at least 1, got {min(options.ranks)}")
     for name in ("micro_batch_size", "shrink"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -236,8 +235,8 @@ def _rows(trials: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
             rows += [
                 (trial["ranks"], figure) for figure in trial[kind] if trial["trial"] == name and figure not in known
             ]
-        whats = list(dict.fromkeys(figure["what"] for _, figure in rows))
-        for ranks, figure in sorted(rows, key=lambda row: (whats.index(row[1]["what"]), row[0])):
+        names = list(dict.fromkeys(figure["what"] for _, figure in rows))
+        for ranks, figure in sorted(rows, key=lambda row: (names.index(row[1]["what"]), row[0])):
             measured, formula = figure["measured"], figure["formula"]
             if measured or formula:
                 said = "-" if formula is None else f"{formula:,}"

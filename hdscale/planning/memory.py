@@ -176,7 +176,8 @@ def student_traffic(
       `use_multi_rank_bucket_allreduce`, DeepSpeed's default, all-reduces every micro-step: (2A + 1) Psi.
     - ZeRO-3: A (3 Psi - kept): gathered for the forward pass, again for the backward pass, then scattered. Kept is what
       is still there when the forward pass turns into the backward pass: up to `max_live_parameters`, or half of
-      `max_reuse_distance`. Persistent parameters are gathered once a step.
+      `max_reuse_distance`. Persistent parameters are gathered once a step. (A checkpointed block is gathered once more,
+      to be computed again, only where less than a block may be live.)
     """
     size, counts = element_bytes(precision), [count for group in groups for count in group]
     if stage == 0:

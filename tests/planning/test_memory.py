@@ -60,6 +60,7 @@ def test_shards_persistent_parameters_and_teachers():
     assert teacher_bytes(counts, "zero3", 4, "fp32") == 4 * 6
     assert teacher_bytes(counts, "node", 4, "fp32", ranks_per_node=2) == 4 * (3 + 3 + 1 + 2)
     assert teacher_bytes(counts, "zero3", 4, "fp32", persistence_threshold=3) == 4 * (6 + 5)
+    assert teacher_bytes(counts, "zero3", 1, "fp32", persistence_threshold=3) == 4 * 16
     assert teacher_traffic(counts, 4, "fp32", accumulation=2, persistence_threshold=3) == 2 * 4 * 16
 
 
@@ -73,10 +74,11 @@ def test_buckets_and_the_steps_temporaries():
     assert step_bytes(22) == 12 * 22
 
 
-def test_live_parameters_are_bounded_by_the_setting_and_by_the_model():
-    gathering = Gathering(max_live_parameters=30)
-    assert live_bytes([10] * 10, gathering, "fp16") == 2 * 40
-    assert live_bytes([10, 10], gathering, "fp16") == 2 * 20
+def test_live_parameters_are_bounded_by_the_settings_and_by_the_model():
+    gathering = Gathering(max_live_parameters=30, max_reuse_distance=0, prefetch_bucket_size=15)
+    assert live_bytes([10] * 10, gathering, "fp16") == 2 * (30 + 10 + 15 + 10)
+    assert live_bytes([10, 10], gathering, "fp16") == 2 * 40  # all of it, and the buffer it came in
+    assert live_bytes([10] * 10, gathering._replace(max_reuse_distance=120), "fp32") == 4 * (70 + 25)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -97,7 +99,7 @@ def test_traffic_in_parameter_bytes(accumulation):
 
 
 def test_a_block_keeps_what_autograd_saves():
-    tokens = Tokens(batch=2, num_tokens=17, embed_dim=48, num_heads=3, depth=1)
+    tokens = Tokens(batch=2, num_tokens=17, embedded_tokens=17, embed_dim=48, num_heads=3, depth=1)
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=48, num_heads=3, depth=1, num_classes=0)
     storages = {}
 
@@ -114,16 +116,23 @@ def test_a_block_keeps_what_autograd_saves():
 
 
 def test_activations_of_a_vit_l_are_near_the_rule_of_thumb():
-    large = Tokens(batch=1, num_tokens=67, embed_dim=1024, num_heads=16, depth=24, image_elements=0)
+    large = Tokens(batch=1, num_tokens=67, embedded_tokens=67, embed_dim=1024, num_heads=16, depth=24, image_elements=0)
     elements = 24 * 67 * 1024
     assert activation_bytes(large, "fp32") / 4 / elements == pytest.approx(16.2, rel=0.02)
     assert activation_bytes(large, "fp32", checkpoint=True) / 4 / elements == pytest.approx(1 + 16 / 24, rel=0.1)
 
 
 def test_losses_add_to_the_activations():
-    plain = Tokens(batch=2, num_tokens=5, embed_dim=8, num_heads=2, depth=3, image_elements=12)
+    plain = Tokens(batch=2, num_tokens=5, embedded_tokens=5, embed_dim=8, num_heads=2, depth=3, image_elements=12)
     with_feature = plain._replace(teacher_dim=6, num_compared=4)
     with_relation = plain._replace(relation_layers=2, relation_tokens=5)
-    assert activation_bytes(with_feature, "fp32") - activation_bytes(plain, "fp32") == 4 * 2 * 4 * (8 + 6 + 6)
+    assert activation_bytes(with_feature, "fp32") - activation_bytes(plain, "fp32") == 4 * 2 * 4 * (8 + 6 + 6 + 6)
     assert activation_bytes(with_relation, "fp32") - activation_bytes(plain, "fp32") == 2 * 4 * (2 * 80 + 2 * 25 * 2)
+    alone = with_relation._replace(batch=1)
+    extra = activation_bytes(alone, "fp32") - activation_bytes(plain._replace(batch=1), "fp32")
+    assert extra == 2 * 4 * (40 + 25 * 2)
+    whole = activation_bytes(alone, "fp32", checkpoint=True)
+    assert whole - activation_bytes(plain._replace(batch=1), "fp32", checkpoint=True) == 2 * 4 * (4 * 40 + 25 * 2)
+    dropped = plain._replace(embedded_tokens=9)
+    assert activation_bytes(dropped, "fp32") - activation_bytes(plain, "fp32") == 4 * 2 * 9 * 8
     assert activation_bytes(plain, "fp16") < activation_bytes(plain, "fp32")
