@@ -32,7 +32,6 @@ class Gathering(NamedTuple):
 
     max_live_parameters: int = 10**9
     max_reuse_distance: int = 10**9
-    prefetch_bucket_size: int = 5 * 10**7
     param_persistence_threshold: int = 10**5
 
 
@@ -126,14 +125,11 @@ def largest_sub_group(groups: Groups, ranks: int, sub_group_size: int) -> int:
 
 
 def live_bytes(counts: Sequence[int], gathering: Gathering, precision: Precision) -> int:
-    """Bytes of gathered parameters at most.
+    """Bytes of gathered parameters at most: as many as may be live, and the buffers that they came in.
 
-    As much as may be live, and the buffer of a prefetch, from which the next are assembled; each may be overshot by
-    one parameter.
+    The limit may be overshot by one parameter; a buffer goes with the last parameter that is taken out of it.
     """
-    total, largest = sum(counts), max(counts)
-    live = min(total, _kept(gathering) + largest)
-    return element_bytes(precision) * (live + min(total, gathering.prefetch_bucket_size + largest))
+    return 2 * element_bytes(precision) * min(sum(counts), _kept(gathering) + max(counts))
 
 
 def teacher_bytes(

@@ -75,10 +75,10 @@ def test_buckets_and_the_steps_temporaries():
 
 
 def test_live_parameters_are_bounded_by_the_settings_and_by_the_model():
-    gathering = Gathering(max_live_parameters=30, max_reuse_distance=0, prefetch_bucket_size=15)
-    assert live_bytes([10] * 10, gathering, "fp16") == 2 * (30 + 10 + 15 + 10)
-    assert live_bytes([10, 10], gathering, "fp16") == 2 * 40  # all of it, and the buffer it came in
-    assert live_bytes([10] * 10, gathering._replace(max_reuse_distance=120), "fp32") == 4 * (70 + 25)
+    gathering = Gathering(max_live_parameters=30, max_reuse_distance=0)
+    assert live_bytes([10] * 10, gathering, "fp16") == 2 * 2 * (30 + 10)
+    assert live_bytes([10, 10], gathering, "fp16") == 2 * 2 * 20
+    assert live_bytes([10] * 10, gathering._replace(max_reuse_distance=120), "fp32") == 2 * 4 * 70
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -87,7 +87,7 @@ def test_traffic_in_parameter_bytes(accumulation):
         payload = student_traffic(MILLION, stage, 4, "fp16", accumulation=accumulation, **settings)
         return moved_bytes(payload, 4) / (2 * P) * 4 / 3
 
-    reuse_nothing = Gathering(0, 0, 0, 0)
+    reuse_nothing = Gathering(0, 0, 0)
     assert psi(0) == pytest.approx(2)
     assert psi(2) == pytest.approx(2 * accumulation + 1)
     assert psi(2, multi_rank_bucket_allreduce=False) == pytest.approx(accumulation + 1)
