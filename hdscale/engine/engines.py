@@ -11,6 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
+from hdscale.engine.gathered import let_go_of_gathered
 from hdscale.engine.ranks import DTYPES
 from hdscale.errors import UserError
 
@@ -88,6 +89,8 @@ def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: Op
     # A teacher's process groups must never become the student's: it would silently train on fewer ranks.
     assert engine.dp_world_size == torch.distributed.get_world_size()
     _create_moments(engine)
+    if engine.zero_optimization_stage() == 3:
+        let_go_of_gathered(module)
     return engine
 
 
@@ -222,6 +225,8 @@ def _create_moments(engine: Engine) -> None:
     first group's first step, when the second group has none yet: with two groups, the public getters fail from then on.
     """
     zero = engine.optimizer
+    if engine.zero_optimization_stage() == 0:  # only ever measured: nothing is sharded, nothing restored
+        return
     is_stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     on_cpu_adam = isinstance(zero.optimizer, DeepSpeedCPUAdam)
     for flat in zero.fp32_partitioned_groups_flat if is_stage3 else zero.single_partition_of_fp32_groups:

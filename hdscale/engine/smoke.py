@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -54,16 +55,42 @@ def smoke(
     Returns:
         The exit code.
     """
+    with generated_session(recipe, steps, ds_config, teacher_ds_config) as session:
+        figures = _run_steps(session, steps)
+        if session.ranks.is_first:
+            stage = ds_config["zero_optimization"]["stage"]
+            _print(session.run.recipe, figures, f"ZeRO-{stage}, {session.run.precision}", stream)
+    return EXIT_DONE
+
+
+@contextlib.contextmanager
+def generated_session(
+    recipe: Recipe,
+    steps: int,
+    ds_config: Mapping[str, Any],
+    teacher_ds_config: Mapping[str, Any],
+    *,
+    micro_batch_size: int = 1,
+    accumulation: int = 1,
+) -> Iterator[Session]:
+    """Start a session for a few optimizer steps that needs no file; what it wrote goes at the end.
+
+    Args:
+        recipe: see `smoke`, like the next three.
+        steps: see there.
+        ds_config: see there.
+        teacher_ds_config: see there.
+        micro_batch_size: replaces the recipe's.
+        accumulation: micro-steps in an optimizer step.
+    """
+    world_size = planned_world_size()
+    global_batch_size = micro_batch_size * accumulation * world_size
     # Each rank generates the same pictures in a folder of its own: they need not share a disk for this.
     with tempfile.TemporaryDirectory(prefix="hdscale-smoke-") as folder:
-        _write_shards(Path(folder), recipe, steps * planned_world_size())
-        small = _smoke_recipe(recipe, Path(folder), planned_world_size())
+        _write_shards(Path(folder), recipe, steps * global_batch_size)
+        small = _smoke_recipe(recipe, Path(folder), micro_batch_size, global_batch_size)
         with start_session(small, ds_config, teacher_ds_config, open_store=_random_masks) as session:
-            figures = _run_steps(session, steps)
-            if session.ranks.is_first:
-                stage = ds_config["zero_optimization"]["stage"]
-                _print(small, figures, f"ZeRO-{stage}, {session.run.precision}", stream)
-    return EXIT_DONE
+            yield session
 
 
 def _run_steps(session: Session, steps: int) -> _Figures:
@@ -129,11 +156,11 @@ def _write_shards(folder: Path, recipe: Recipe, num_samples: int) -> None:
     write_split(job, 0, lambda _: None)
 
 
-def _smoke_recipe(recipe: Recipe, folder: Path, world_size: int) -> Recipe:
+def _smoke_recipe(recipe: Recipe, folder: Path, micro_batch_size: int, global_batch_size: int) -> Recipe:
     values = recipe.model_dump()
     values["run"] |= {"root": str(folder / "runs")}
     values["data"] |= {"shards": str(folder / "shards"), "workers": 0}
-    values["optim"] |= {"micro_batch_size": 1, "global_batch_size": world_size}
+    values["optim"] |= {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
     values["schedule"] |= {"epochs": 1, "warmup_epochs": 0, "stop_after": None}
     values["mask"] |= {"store": str(folder / "masks"), "images_per_forward": 1}
     for name in ("feature_teacher", "relation_teacher"):

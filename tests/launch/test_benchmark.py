@@ -36,3 +36,18 @@ def test_the_data_benchmark_takes_shards_of_the_users(world, capsys):
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert exit_code(main, ["data", *arguments]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "1"], "error: --stages must be among 0, 2 and 3, got 1"),
+        (["--ranks", "2,0"], "error: --ranks must be at least 1, got 0"),
+        (["--shrink", "0"], "error: --shrink must be at least 1, got 0"),
+        (["--micro-batch-size", "0"], "error: --micro-batch-size must be at least 1, got 0"),
+        (["student.dpeth=2"], "error: argument 'student.dpeth=2': unknown key student.dpeth"),
+    ],
+)
+def test_a_mistake_in_the_memory_benchmark_is_found_before_a_launch(arguments, message, capsys):
+    assert exit_code(main, ["memory", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
