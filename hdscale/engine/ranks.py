@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import deepspeed
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.logging import set_log_level_from_string
 
+from hdscale.engine.machine import find_own_tools
+from hdscale.engine.preflight import quick_check
 from hdscale.engine.rendezvous import meeting
 from hdscale.errors import UserError
 
@@ -61,9 +64,12 @@ def distributed() -> Iterator[Ranks]:
     if "RANK" in os.environ:
         _follow_the_launcher()
     with meeting() as place:
+        find_own_tools()
+        device = _take_device()
+        quick_check(device, "auto")  # what the recipe asks of the precision is checked with the recipe
         place.wait_until_ready()
         _hosts = place.hosts
-        _join(place)
+        _join(place, device)
         yield _this_process()
         # Not after an exception: the others may be waiting for this rank, and leaving would wait for them.
         dist.destroy_process_group()
@@ -72,22 +78,39 @@ def distributed() -> Iterator[Ranks]:
 _hosts: tuple[str | None, ...] = ()
 
 
-def _join(place: Rendezvous) -> None:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None
-    if device is not None:
-        torch.cuda.set_device(device)
+def _take_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(place: Rendezvous, device: torch.device) -> None:
     set_log_level_from_string("warning")  # a run has its own log; DeepSpeed's repeats its configuration on every rank
-    backend = "nccl" if cuda else "gloo"
+    on_gpu = device.type == "cuda"
+    backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(
         backend,
         store=place.group_store,
         rank=place.rank,
         world_size=place.world_size,
         timeout=_COLLECTIVE_TIMEOUT,
-        device_id=device,
+        device_id=device if on_gpu else None,
     )
     deepspeed.init_distributed(backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+    dist.barrier()
+    _unlink_shared_memory(place.rank)
+
+
+def _unlink_shared_memory(rank: int) -> None:
+    """Take back the name of DeepSpeed's buffer for ranks of one host, 67 MB each, which it would leave behind.
+
+    All ranks have opened it; the memory goes with the last of them.
+    """
+    meeting_point = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{meeting_point}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _follow_the_launcher() -> None:
