@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 _ALLOWED_KEYS = (
@@ -83,6 +84,11 @@ def load_ds_config(path: Path, *, stages: tuple[int, ...] = (2, 3)) -> dict[str,
         allowed = " or ".join(str(stage) for stage in stages)
         raise UserError(f"{path}: zero_optimization.stage must be {allowed}, got {stage!r}")
     return values
+
+
+def with_zero(ds_config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace values of a DeepSpeed config's `zero_optimization`."""
+    return {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], **values}}
 
 
 def _check_key(path: Path, key: str) -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hdscale.config.recipe import Recipe
-    from hdscale.engine.memory import Measured, Resident
+    from hdscale.engine.memory import Measured
+    from hdscale.engine.resident import Resident
 
 SMALL = (
     "student.model=vit_tiny_patch16_224",
@@ -98,8 +99,6 @@ def launch(script: Path, arguments: Sequence[str], ranks: int) -> list[dict[str,
         launcher += ["--num_gpus", str(ranks), "--master_port", str(port)]
         command = [*launcher, str(script), *arguments, "--output", str(output)]
         done = subprocess.run(command, check=False, stdout=sys.stderr)
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 67 MB a rank, never taken back
-            left.unlink(missing_ok=True)
         if done.returncode or not output.exists():
             raise UserError(f"{ranks} ranks ended with exit code {done.returncode}: see above")
         return json.loads(output.read_text())
@@ -181,8 +180,9 @@ def measure_on_ranks(
         variants: see `table_trials`.
         warm_up: measure resident memory, of the last stage; see `hdscale.engine.memory.measure_resident`.
     """
-    from hdscale.engine.memory import measure, measure_resident
+    from hdscale.engine.memory import measure
     from hdscale.engine.ranks import distributed
+    from hdscale.engine.resident import measure_resident
 
     with distributed() as ranks:
         if warm_up is None:
