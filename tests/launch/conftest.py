@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 
@@ -13,3 +14,20 @@ def cluster(tmp_path_factory):
         pytest.skip(reason)
     with hosts_on_one_machine(tmp_path_factory.mktemp("hosts") / "cluster", 4) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def other_on_node2(cluster, tmp_path):
+    """Show node2 another file or folder than the other hosts."""
+    bound = []
+
+    def show(target, change):
+        source = tmp_path / target.name
+        (shutil.copytree if target.is_dir() else shutil.copy)(target, source)
+        change(source)
+        cluster.bind("node2", source, target)
+        bound.append(target)
+
+    yield show
+    for target in bound:
+        cluster.unbind("node2", target)

@@ -115,23 +115,6 @@ def test_a_first_host_that_is_none_is_named_by_the_launcher(launch, cluster):
     assert "host=nod1 was not reachable via ssh" in done.stderr
 
 
-@pytest.fixture
-def other_on_node2(cluster, tmp_path):
-    """Show node2 another file or folder than the other hosts."""
-    bound = []
-
-    def show(target, change):
-        source = tmp_path / target.name
-        (shutil.copytree if target.is_dir() else shutil.copy)(target, source)
-        change(source)
-        cluster.bind("node2", source, target)
-        bound.append(target)
-
-    yield show
-    for target in bound:
-        cluster.unbind("node2", target)
-
-
 def test_another_version_of_hdscale_is_refused_with_the_hosts_that_have_it(launch, cluster, other_on_node2):
     other_on_node2(ROOT / "hdscale/losses.py", lambda path: path.write_text(path.read_text() + "\n# patched\n"))
     done = launch("version", hostfile=cluster.hostfile(4))

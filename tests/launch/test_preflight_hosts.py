@@ -1,7 +1,6 @@
 """launch/preflight.py --hostfile across hosts that are really apart; asking takes seconds, measuring half a minute."""
 
 import re
-import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def test_hosts_that_are_fine_are_measured_between_and_within(asked, cluster):
     assert 0.015 < rates["one rank a machine"] < 0.03
     assert min(rates["node1"], rates["node2"]) > 0.03
     assert rates["all ranks"] < 0.06
-    assert "ViT-L under ZeRO-2 in fp16 moves 1.82 GB" in done.stdout
+    assert "ViT-L under ZeRO-2 in fp16 moves 1.21 GB" in done.stdout
 
 
 def test_a_host_that_is_off_is_named_and_nothing_is_measured(asked, cluster):
@@ -64,23 +63,6 @@ def test_a_host_that_is_off_is_named_and_nothing_is_measured(asked, cluster):
     (line,) = to_do(done)
     assert re.match(r"node3: reachable: ssh: connect to host node3 .*; switch it on, or mend `ssh node3 true`", line)
     assert "all-reduce" not in done.stdout
-
-
-@pytest.fixture
-def other_on_node2(cluster, tmp_path):
-    """Show node2 another file or folder than the other hosts."""
-    bound = []
-
-    def show(target, change):
-        source = tmp_path / target.name
-        (shutil.copytree if target.is_dir() else shutil.copy)(target, source)
-        change(source)
-        cluster.bind("node2", source, target)
-        bound.append(target)
-
-    yield show
-    for target in bound:
-        cluster.unbind("node2", target)
 
 
 def test_everything_that_differs_on_one_host_is_named_at_once(asked, cluster, world, other_on_node2):
