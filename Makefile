@@ -13,7 +13,7 @@ RANKS ?= 2
 DEEPSPEED := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore::FutureWarning $(BIN)/deepspeed --quiet --num_gpus $(RANKS)
 DS ?= ds_configs/zero2.json
 
-.PHONY: demo test check clean
+.PHONY: demo demo-hosts test check clean
 
 demo: $(READY)
 	$(BIN)/python data_tools/make_shards.py --source digits --output demo/shards --val-fraction 0.2 --samples-per-shard 256
@@ -28,6 +28,10 @@ demo: $(READY)
 	@echo "run folder:        demo/runs/hybrid"
 	@echo "curves:            $(BIN)/tensorboard --logdir demo/runs"
 	@echo "exported student:  demo/student.safetensors"
+
+# After `make demo`: its last run again, on two hosts that are made on this machine (root; iproute2, openssh-server, pdsh).
+demo-hosts: $(READY)
+	$(BIN)/python -m pytest -q -s tests/launch/demo_on_hosts.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
