@@ -96,7 +96,8 @@ def _join(place: Rendezvous, device: torch.device) -> None:
         rank=place.rank,
         world_size=place.world_size,
         timeout=_COLLECTIVE_TIMEOUT,
-        device_id=device if on_gpu else None,
+        # With a device, later groups are split from the first communicator, which a single rank never makes.
+        device_id=device if on_gpu and place.world_size > 1 else None,
     )
     deepspeed.init_distributed(backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
     dist.barrier()

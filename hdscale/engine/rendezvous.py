@@ -17,6 +17,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented there
 
@@ -247,7 +248,9 @@ def _meeting(facts: Mapping[str, Any], seconds: float) -> Iterator[Rendezvous]:
 
 
 def _code_facts() -> dict[str, str]:
-    return {**versions(), "hdscale's source": f"sha256 {source_digest()[:12]}..."}
+    # Ranks with and without a GPU would wait for each other in different backends.
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    return {**versions(), "hdscale's source": f"sha256 {source_digest()[:12]}...", "kind of device": device}
 
 
 def _arrive(facts: Mapping[str, Any], seconds: float) -> Rendezvous:

@@ -244,3 +244,14 @@ def test_hosts_of_another_launch_are_not_ours(monkeypatch):
     command = ["python", world_info(node1=[0, 1], node2=[3])]
     assert planned_hosts(4, [command, ["--world_info=?"]]) == ["a", "a", "b", "b"]
     assert planned_hosts(3, []) == [None] * 3
+
+
+def test_a_rank_without_a_gpu_among_others_is_named_before_they_join(as_rank, monkeypatch):
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    as_rank(1, 2, port)
+    facts = {**rendezvous._code_facts(), "kind of device": "GPU"}
+    prefix = f"hdscale/0/{next(rendezvous._meetings) + 1}"
+    dist.PrefixStore(prefix, store).set("arrived/0", json.dumps({"host": "node1", "facts": facts}))
+    with pytest.raises(UserError, match=r"has another kind of device \(CPU\) than node1 \(rank 0\) \(GPU\)"), meeting():
+        pass
