@@ -61,9 +61,9 @@ def distributed() -> Iterator[Ranks]:
     if dist.is_initialized():
         yield _this_process()
         return
-    if "RANK" in os.environ:
-        _follow_the_launcher()
     with meeting() as place:
+        if place.launched:
+            _follow_the_launcher()
         find_own_tools()
         device = _take_device()
         quick_check(device, "auto")  # what the recipe asks of the precision is checked with the recipe
@@ -73,6 +73,7 @@ def distributed() -> Iterator[Ranks]:
         yield _this_process()
         # Not after an exception: the others may be waiting for this rank, and leaving would wait for them.
         dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None  # its backend is of that group; a later group would be taken for it
 
 
 _hosts: tuple[str | None, ...] = ()

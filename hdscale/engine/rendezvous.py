@@ -54,6 +54,7 @@ class Rendezvous:
         self.store = store
         self.rank = rank
         self.hosts = tuple(hosts)
+        self.launched = True
         self._end: Exception | None = None
         self._closed = threading.Event()
         self._answering: threading.Thread | None = None
@@ -230,21 +231,23 @@ def meeting() -> Iterator[Rendezvous]:
 @contextlib.contextmanager
 def _meeting(facts: Mapping[str, Any], seconds: float) -> Iterator[Rendezvous]:
     global _current
-    _current = place = _arrive({**_code_facts(), **facts}, seconds)
-    try:
-        yield place
-    except UserError as error:
-        if error.told_by is None:
-            place.refuse(error)
-        raise
-    except Exception as error:
-        explained = place.explain(error)
-        if explained is error:
+    with _launched_or_alone() as launched:
+        _current = place = _arrive({**_code_facts(), **facts}, seconds)
+        place.launched = launched
+        try:
+            yield place
+        except UserError as error:
+            if error.told_by is None:
+                place.refuse(error)
             raise
-        raise explained from error
-    finally:
-        _current = None
-        place.close()
+        except Exception as error:
+            explained = place.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            _current = None
+            place.close()
 
 
 def _code_facts() -> dict[str, str]:
@@ -254,9 +257,7 @@ def _code_facts() -> dict[str, str]:
 
 
 def _arrive(facts: Mapping[str, Any], seconds: float) -> Rendezvous:
-    """Meet the others at MASTER_ADDR:MASTER_PORT; a process that no launcher has started meets itself."""
-    if "RANK" not in os.environ:
-        _pose_as_launched()
+    """Meet the others at MASTER_ADDR:MASTER_PORT."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     planned = planned_hosts(world_size)
     place = Rendezvous(_open_store(rank, planned[0], seconds), rank, planned)
@@ -358,11 +359,26 @@ def _unanswered(address: str, port: int, seconds: float) -> str | None:
         time.sleep(_POLL_SECONDS)
 
 
-def _pose_as_launched() -> None:
+@contextlib.contextmanager
+def _launched_or_alone() -> Iterator[bool]:
+    """Give a process that no launcher has started the environment of a launch of one, while it meets itself.
+
+    Yields:
+        Whether a launcher has started it.
+    """
+    if "RANK" in os.environ:
+        yield True
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+    try:
+        yield False
+    finally:
+        for name in alone:
+            os.environ.pop(name, None)
 
 
 def _is_broken_connection(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import threading
 import time
@@ -188,6 +189,17 @@ def test_a_process_can_meet_again_after_a_refusal(as_rank):
         with meeting() as inner:
             assert inner is place
     assert not [thread for thread in threading.enumerate() if "_answer_roll_calls" in thread.name]
+
+
+def test_a_process_without_a_launcher_meets_itself_and_leaves_no_trace(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    with meeting() as place:
+        place.wait_until_ready()
+        assert (place.rank, place.world_size, place.launched) == (0, 1, False)
+    # Another command that this process starts must not take itself for a rank.
+    assert dict(os.environ) == before
 
 
 def test_two_ranks_compare_what_they_have_come_with(as_rank):
