@@ -25,6 +25,7 @@ RECIPE_FILE = "recipe.yaml"
 _FREE_FIELDS = (
     "run.name",
     "run.root",
+    "run.rendezvous_seconds",
     "data.shards",
     "data.workers",
     "data.max_bad_fraction",
