@@ -164,6 +164,13 @@ def test_sequential_loader_without_a_view_shows_whole_pictures(digits, view_conf
     assert torch.equal(batches[1].images[0], decode_view(digits.read(7), (8, 8), central_square(8, 8), 8))
 
 
+def test_view_0_of_a_sequential_loader_is_augmented_and_no_central_square(digits, view_config):
+    (batch,) = SequentialLoader(digits, view_config, SEED, sample_ids=range(6), view=0, batch_size=6)
+    assert (batch.views.tolist(), batch.epochs.tolist()) == ([0] * 6, [0] * 6)
+    for row, image in enumerate(batch.images):
+        assert torch.equal(image, decode_view(digits.read(row), (8, 8), view_parameters(SEED, 0, row, 8, 8), 8))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_damaged_samples_end_a_sequential_loader_with_one_line(damaged, view_config, workers):
     shards = damaged([2, 3])
