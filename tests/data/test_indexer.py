@@ -343,6 +343,24 @@ def test_a_tar_that_changed_before_the_run_continued_is_indexed_again(tmp_path, 
     assert found(tmp_path)[0][0] == ("good7.jpg", 1)
 
 
+@pytest.mark.parametrize("more", [0, 20], ids=["of_equal_size", "larger"])
+def test_a_tar_that_was_replaced_between_the_listing_and_its_turn_is_refused(tmp_path, monkeypatch, more):
+    three_tars(tmp_path)
+    original = indexer._index_tar
+
+    def replace_first(task):
+        other = write_tar(tmp_path / "new", [*good(7), ("bad.jpg", b""), *(more * good(8))])
+        os.utime(other, ns=(task.mtime_ns, task.mtime_ns + (0 if more else 2 * 10**9)))
+        assert (other.stat().st_size == task.bytes) == (not more)
+        other.replace(tmp_path / task.name)
+        return original(task)
+
+    monkeypatch.setattr(indexer, "_index_tar", replace_first)
+    with pytest.raises(UserError, match=r"0.tar is being written to: wait for the end of that and run again"):
+        index(tmp_path)
+    assert not list(tmp_path.glob("train.indexing/0*"))
+
+
 def test_running_again_after_the_end_does_nothing(tmp_path, monkeypatch):
     three_tars(tmp_path)
     first = index(tmp_path)
