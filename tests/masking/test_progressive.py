@@ -102,6 +102,17 @@ def test_stages_are_at_the_start_and_the_thirds():
     assert stage_layers(12, (1, 5)) == (1, 5)
 
 
+def test_two_thirds_are_of_the_depth_and_not_twice_its_rounded_third():
+    assert [stage_layers(depth) for depth in (2, 4, 5, 6, 8, 32)] == [
+        (0, 0, 1),
+        (0, 1, 2),
+        (0, 1, 3),
+        (0, 2, 4),
+        (0, 2, 5),
+        (0, 10, 21),
+    ]
+
+
 @pytest.mark.parametrize("layers", [(0, 12), (-1, 3), (4, 4), (5, 2), ()])
 def test_impossible_stages_are_refused(layers):
     with pytest.raises(UserError, match=r"mask\.layers must be rising block numbers from 0 to 11 .* got \["):
