@@ -51,6 +51,39 @@ def test_norms_biases_and_tokens_are_not_decayed_and_everything_else_is(distille
     assert sorted(names[id(parameter)] for parameter in plain["params"]) == sorted(wanted_plain)
 
 
+@pytest.mark.parametrize(
+    ("student", "wanted"),
+    [
+        ({"mask_tokens": "encoder"}, {"student.encoder.mask_token", "student.encoder.model.cls_token"}),
+        (
+            {"mask_tokens": "decoder", "decoder": "transformer", "decoder_depth": 1},
+            {"decoder.mask_token", "student.encoder.model.cls_token"},
+        ),
+        (
+            {"model": "vit_small_patch14_reg4_dinov2", "num_heads": 3},
+            {"student.encoder.model.reg_token", "student.encoder.model.cls_token"},
+        ),
+    ],
+)
+def test_every_kind_of_token_is_free_of_decay(student, wanted, world):
+    recipe = load_recipe(world.recipe)
+    module = build_distiller(
+        recipe.student.model_copy(update=student),
+        recipe.relation,
+        recipe.loss,
+        img_size=32,
+        seed=0,
+        feature_dim=48,
+        relation_heads=3,
+        teacher_has_cls=True,
+    )
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    decayed, plain = parameter_groups(module, 0.05)
+    assert {names[id(parameter)] for parameter in plain["params"] if parameter.ndim > 1} == wanted
+    assert all(names[id(parameter)].endswith(".weight") for parameter in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
 def test_frozen_parameters_are_in_no_group():
     module = torch.nn.Linear(3, 3)
     module.weight.requires_grad_(False)
