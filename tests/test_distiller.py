@@ -56,28 +56,47 @@ def smooth_l1(difference, beta):
     return np.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta).mean()
 
 
-def reference_terms(distiller, images, targets, *, first_token):
-    """Eq. 1 in float64 NumPy, from the student's own tokens, queries and keys."""
+def reference_relation(query, key, scale, heads):
+    """Eq. 2 head by head in float64: (B, A or 1, S, S)."""
+    query, key = query.double().numpy(), key.double().numpy()
+    products = [query[:, head] @ key[:, head].swapaxes(-1, -2) for head in range(query.shape[1])]
+    width = query.shape[-1] * (query.shape[1] if heads == "merged" else 1)
+    relation = np.stack([sum(products)] if heads == "merged" else products, axis=1)
+    if scale != "raw":
+        relation = relation / np.sqrt(width)
+    if scale == "softmax":
+        relation = np.exp(relation - relation.max(-1, keepdims=True))
+        relation /= relation.sum(-1, keepdims=True)
+    return relation
+
+
+def reference_terms(distiller, images, targets, *, first_token, relation=None, beta=2.0, target_norm="layer_norm"):
+    """Eq. 1 in float64 NumPy, from the student's own tokens, queries and keys, and settings that the test has typed."""
+    relation = relation or {}
     with torch.no_grad():
         output = distiller.student(images, targets.keep_indices)
-    beta = distiller.loss.beta
     linear = distiller.head.proj
     tokens = output.patch_tokens.double().numpy() @ linear.weight.detach().double().numpy().T
     tokens = tokens + linear.bias.detach().double().numpy()
     wanted = targets.features.double().numpy()
-    wanted = (wanted - wanted.mean(-1, keepdims=True)) / np.sqrt(wanted.var(-1, keepdims=True) + 1e-6)
+    if target_norm == "layer_norm":
+        wanted = (wanted - wanted.mean(-1, keepdims=True)) / np.sqrt(wanted.var(-1, keepdims=True) + 1e-6)
     layers = []
     for query, key, target in zip(output.queries, output.keys, targets.relations, strict=True):
-        query, key = (x[:, :, first_token:].double().numpy() for x in (query, key))
-        relation = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
-        layers.append(smooth_l1(relation - target.double().numpy(), beta))
+        query, key = (x[:, :, first_token:] for x in (query, key))
+        ours = reference_relation(query, key, relation.get("scale", "scaled"), relation.get("heads", "per_head"))
+        theirs = target.double().numpy()
+        if relation.get("loss") == "kl":
+            layers.append((theirs * np.log(theirs / ours)).sum(-1).mean())
+        else:
+            layers.append(smooth_l1(ours - theirs, beta))
     return smooth_l1(tokens - wanted, beta), np.mean(layers)
 
 
 def test_terms_equal_eq_1_written_out_in_numpy(images):
     distiller = make(loss=LossConfig(alpha=0.5, beta=0.7))
     targets = make_targets(7)
-    feature, relation = reference_terms(distiller, images, targets, first_token=0)
+    feature, relation = reference_terms(distiller, images, targets, first_token=0, beta=0.7)
     terms = distiller(images, targets)
     assert terms.feature.item() == pytest.approx(feature, rel=1e-5)
     assert terms.relation.item() == pytest.approx(relation, rel=1e-5)
@@ -127,13 +146,47 @@ def test_a_missing_teacher_gives_a_zero_term_and_leaves_the_other_alone(images):
 
 
 def test_without_masks_all_patches_are_compared(images):
-    terms = make()(images, make_targets(17, keep=None))
-    assert torch.isfinite(torch.stack(terms)).all()
+    distiller, targets = make(loss=LossConfig(alpha=0.25, beta=0.3)), make_targets(17, keep=None)
+    # The reference asks the student for every patch by name, which must be what no mask means.
+    everything = targets._replace(keep_indices=torch.arange(16).repeat(2, 1))
+    feature, relation = reference_terms(distiller, images, everything, first_token=0, beta=0.3)
+    terms = distiller(images, targets)
+    assert terms.feature.item() == pytest.approx(feature, rel=1e-5)
+    assert terms.relation.item() == pytest.approx(relation, rel=1e-5)
+    assert terms.total.item() == pytest.approx(feature + 0.25 * relation, rel=1e-5)
 
 
 def test_merged_relations_take_unequal_head_counts(images):
-    terms = make(RelationConfig(heads="merged"), relation_heads=6)(images, make_targets(7, heads=1))
-    assert terms.relation.item() > 0
+    settings = {"heads": "merged"}
+    distiller = make(RelationConfig(**settings), LossConfig(beta=0.1), relation_heads=6)
+    targets = make_targets(7, heads=1)
+    terms = distiller(images, targets)
+    _, relation = reference_terms(distiller, images, targets, first_token=0, relation=settings, beta=0.1)
+    assert terms.relation.item() == pytest.approx(relation, rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", ["per_head", "merged"])
+@pytest.mark.parametrize(
+    ("scale", "loss"), [("scaled", "smooth_l1"), ("raw", "smooth_l1"), ("softmax", "smooth_l1"), ("softmax", "kl")]
+)
+def test_every_scale_and_loss_of_relations_reaches_the_term(scale, loss, heads, images):
+    settings = {"scale": scale, "loss": loss, "heads": heads}
+    distiller = make(RelationConfig(**settings), LossConfig(beta=0.05))
+    with torch.no_grad():  # queries and keys of a new student are so small that all its rows are nearly uniform
+        for block in distiller.student.encoder.model.blocks:
+            block.attn.qkv.weight.mul_(20)
+    targets = make_targets(7, heads=1 if heads == "merged" else 4)
+    if scale == "softmax":
+        targets = targets._replace(relations=tuple((x * 2).softmax(dim=-1) for x in targets.relations))
+    _, relation = reference_terms(distiller, images, targets, first_token=0, relation=settings, beta=0.05)
+    assert distiller(images, targets).relation.item() == pytest.approx(relation, rel=1e-4)
+
+
+@pytest.mark.parametrize("target_norm", ["layer_norm", "none"])
+def test_the_norm_of_feature_targets_reaches_the_term(target_norm, images):
+    distiller, targets = make(loss=LossConfig(target_norm=target_norm)), make_targets(7)
+    feature, _ = reference_terms(distiller, images, targets, first_token=0, target_norm=target_norm)
+    assert distiller(images, targets).feature.item() == pytest.approx(feature, rel=1e-5)
 
 
 @pytest.mark.parametrize("target", ["attention", "features"])
