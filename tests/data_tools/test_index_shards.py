@@ -90,33 +90,51 @@ def start(folder):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
 
 
-def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(tmp_path):
+def finished(folder):
+    return list(folder.glob("train.indexing/0*.json"))
+
+
+def staged(folder):
+    return list(folder.glob("train.indexing/.0*.tmp"))
+
+
+def kill_when(folder, process, reached):
+    """Kill a run as soon as its folder has come so far; return whether it was still running."""
+    while not reached() and process.poll() is None:
+        time.sleep(0.0005)  # looks again, however long that takes
+    running = process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True) if running else []
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children)  # workers end with their parent
+    return running
+
+
+def moment(folder, more):
+    """A kill's moment: the run has begun to record, a file has only its temporary name, or so many more tars are done.
+
+    The workers may finish what they hold before the kill comes: there are enough tars for all moments.
+    """
+    if more == "begun":
+        return (folder / "train.indexing").is_dir
+    if more == "staged":
+        return lambda: staged(folder)
+    goal = len(finished(folder)) + more
+    return lambda: len(finished(folder)) >= goal
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     write_tars(tmp_path / "whole", 40, 60)
     shutil.copytree(tmp_path / "whole", tmp_path / "tars")
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    began, process = time.monotonic(), start(tmp_path / "whole")
-    assert process.wait() == 0
-    duration = time.monotonic() - began
+    parts = shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    assert start(tmp_path / "whole").wait() == 0
 
-    generator, states = np.random.default_rng(0), set()
-    for attempt in range(10):
-        if len(records(tmp_path / "parts")) == 40 or (tmp_path / "parts" / "train.manifest.json").exists():
-            shutil.rmtree(tmp_path / "parts")  # nothing is left to do: begin again
-            shutil.copytree(tmp_path / "tars", tmp_path / "parts")
-        finished = len(records(tmp_path / "parts"))
-        process = start(tmp_path / "parts")
-        while attempt % 2 and len(records(tmp_path / "parts")) <= finished and process.poll() is None:
-            time.sleep(0.002)  # most of a short run is its start
-        time.sleep(generator.uniform(0, duration / 4 if attempt % 2 else duration))
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
-        process.wait()
-        psutil.wait_procs(children)  # workers end with their parent
-        states.add(len(records(tmp_path / "parts")))
-    assert len(states) > 2
-    assert start(tmp_path / "parts").wait() == 0
-    assert content(tmp_path / "parts") == content(tmp_path / "whole")
-
-
-def records(folder):
-    return list(folder.glob("train.indexing/0*.json"))
+    counts = []
+    for more in ("begun", 0, 1, "staged", 3, 2, "staged", 4):
+        while not kill_when(parts, start(parts), moment(parts, more)):
+            shutil.rmtree(parts)  # it ended before anybody looked: begin again
+            shutil.copytree(tmp_path / "tars", parts)
+        counts.append(len(finished(parts)))
+    assert any(0 < count < 40 for count in counts)
+    assert start(parts).wait() == 0
+    assert content(parts) == content(tmp_path / "whole")

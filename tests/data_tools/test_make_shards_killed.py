@@ -1,8 +1,7 @@
-"""Runs that are killed at any moment, and parts that run at the same time."""
+"""Runs that are killed at many moments, and parts that run at the same time."""
 
 import hashlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -45,36 +44,48 @@ def start(arguments, output, *more):
     return subprocess.Popen([*command, *more], cwd=ROOT, env=environment, start_new_session=True)
 
 
-def kill_at_random_moments(kills, begin, written, moments):
-    """Kill a run's process group after zero to a few more shards, again and again; return how many runs were killed.
+def kill_at_chosen_moments(begin, written, staged, goals):
+    """Kill a run's process group again and again; fail where a run ends before its moment.
 
     Args:
-        kills: how often.
         begin: starts a run.
         written: lists the shards that it has written.
-        moments: a random.Random.
+        staged: lists the shards that have only a temporary name.
+        goals: per kill, how many more shards there are to be, and whether one more is to be half-written then.
     """
-    for killed in range(kills):
+    for more, half_written in goals:
         process = begin()
-        goal = len(list(written())) + moments.randrange(8)
-        while len(list(written())) < goal and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02))
-        if process.poll() is not None:
-            return killed
+        goal = len(list(written())) + more
+        while process.poll() is None:
+            if len(list(written())) >= goal and (not half_written or list(staged())):
+                break
+            time.sleep(0.0005)  # looks again, however long that takes
+        assert process.poll() is None, "it ended before the moment of its kill"
         workers = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         psutil.wait_procs(workers)
-    return kills
 
 
 def test_ten_kills_change_no_byte(undisturbed, tmp_path):
     arguments, expected = undisturbed
     output = tmp_path / "shards"
-    assert (
-        kill_at_random_moments(10, lambda: start(arguments, output), lambda: output.glob("*.tar"), random.Random(0))
-        == 10
+    kill_at_chosen_moments(
+        lambda: start(arguments, output),
+        lambda: output.glob("*.tar"),
+        lambda: output.glob(".*.tar.*.tmp"),
+        [
+            (0, False),
+            (0, True),
+            (1, False),
+            (2, True),
+            (7, False),
+            (0, True),
+            (3, True),
+            (5, False),
+            (1, True),
+            (4, True),
+        ],
     )
     assert start(arguments, output).wait() == 0
     assert digests(output) == expected
@@ -88,7 +99,12 @@ def test_killed_parts_that_run_at_the_same_time_change_no_byte(undisturbed, tmp_
     def second():
         return start(arguments, output, "--part", "2/2")
 
-    assert kill_at_random_moments(3, second, lambda: output.glob("*[13579].tar"), random.Random(1)) == 3
+    kill_at_chosen_moments(
+        second,
+        lambda: output.glob("*[13579].tar"),
+        lambda: output.glob(".*[13579].tar.*.tmp"),
+        [(2, False), (1, True), (5, True)],
+    )
     assert second().wait() == 0
     assert steady.wait() == 0
     assert main([*arguments, "--output", str(output), "--finish"]) == 0
