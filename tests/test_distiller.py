@@ -190,9 +190,10 @@ def test_the_norm_of_feature_targets_reaches_the_term(target_norm, images):
 
 
 @pytest.mark.parametrize("target", ["attention", "features"])
-@pytest.mark.parametrize("width", [32, 20])
-def test_targets_of_tokens_are_compared_token_by_token(target, width, images):
-    distiller = make(RelationConfig(target=target), LossConfig(beta=0.7), relation_dim=width, relation_heads=5)
+@pytest.mark.parametrize(("width", "target_norm"), [(32, "layer_norm"), (20, "layer_norm"), (20, "none")])
+def test_targets_of_tokens_are_compared_token_by_token(target, width, target_norm, images):
+    loss = LossConfig(beta=0.7, target_norm=target_norm)
+    distiller = make(RelationConfig(target=target), loss, relation_dim=width, relation_heads=5)
     generator = torch.Generator().manual_seed(4)
     tokens = tuple(torch.randn(2, 7, width, generator=generator) * 2 + 1 for _ in range(2))
     targets = make_targets(7)._replace(relations=tokens)
@@ -204,7 +205,8 @@ def test_targets_of_tokens_are_compared_token_by_token(target, width, images):
             linear = distiller.layer_heads[layer].proj
             ours = ours @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
         theirs = theirs.double().numpy()
-        theirs = (theirs - theirs.mean(-1, keepdims=True)) / np.sqrt(theirs.var(-1, keepdims=True) + 1e-6)
+        if target_norm == "layer_norm":
+            theirs = (theirs - theirs.mean(-1, keepdims=True)) / np.sqrt(theirs.var(-1, keepdims=True) + 1e-6)
         terms.append(smooth_l1(ours - theirs, 0.7))
     loss = distiller(images, targets)
     assert loss.relation.item() == pytest.approx(np.mean(terms), rel=1e-5)
