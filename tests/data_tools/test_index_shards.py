@@ -103,6 +103,7 @@ def kill_when(folder, process, reached):
     while not reached() and process.poll() is None:
         time.sleep(0.0005)  # looks again, however long that takes
     running = process.poll() is None
+    assert running or process.returncode == 0, "it failed"
     children = psutil.Process(process.pid).children(recursive=True) if running else []
     process.kill()
     process.wait()
