@@ -123,14 +123,25 @@ RANK = """
 import signal, sys, time
 from pathlib import Path
 def save(number, frame):
-    time.sleep(0.5)
+    Path(__file__).with_name("asked").write_text("")
+    while not Path(__file__).with_name("go").exists():
+        time.sleep(0.01)
     Path(__file__).with_name("saved").write_text(signal.Signals(number).name)
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGUSR1, save)
 Path(__file__).with_name("started").write_text("")
-time.sleep(60)
+time.sleep(600)
 """
+
+
+def wait_for(file, process):
+    """Wait until a file is there; minutes end a hang, and the end of the process that would make it ends the wait."""
+    limit = time.monotonic() + 600
+    while not file.exists():
+        assert process.poll() is None, f"exit code {process.returncode} before {file.name}"
+        assert time.monotonic() < limit, f"no {file.name}"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -142,12 +153,12 @@ def test_a_stop_waits_until_the_running_job_has_saved(first, asked_by, number, t
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path), first]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
-    for _ in range(600):
-        if (tmp_path / "started").exists():
-            break
-        time.sleep(0.1)
+    wait_for(tmp_path / "started", parent)
     os.killpg(parent.pid, number)  # what Ctrl-C on a terminal does
-    assert parent.wait(30) == 75
+    wait_for(tmp_path / "asked", parent)
+    assert parent.poll() is None
+    (tmp_path / "go").write_text("")
+    assert parent.wait(600) == 75
     assert (tmp_path / "saved").read_text() == asked_by
 
 
