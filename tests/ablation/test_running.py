@@ -10,7 +10,7 @@ import pytest
 
 from hdscale.ablation.plan import Job, Plan
 from hdscale.ablation.rows import Row
-from hdscale.ablation.running import Failures, Launcher, adopt_teachers, run_plans
+from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_plans
 from hdscale.ablation.scales import SCALES
 from hdscale.config.loading import dump_recipe, load_recipe
 from hdscale.errors import UserError
@@ -181,3 +181,23 @@ def test_teachers_of_an_earlier_demo_are_taken_when_they_are_the_same(tmp_path):
     assert (output / "teachers/mae/encoder.safetensors").read_text() == "mae"
     assert (output / "teachers/mae/DONE").exists()
     assert [path.name for path in (output / "teachers").iterdir()] == ["mae"]  # the other one was trained otherwise
+
+
+def test_a_signal_between_a_command_s_start_and_the_wait_for_it_is_heeded_in_the_wait(monkeypatch, tmp_path):
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    job = script_job(tmp_path, "import time; time.sleep(600)")
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("nobody has taken the signal"))
+    try:
+        with pytest.raises(Stopped):
+            Launcher(DEMO, 2, None, tmp_path / "logs").run(job)
+        assert started[0].returncode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        started[0].kill()
+        started[0].wait()
