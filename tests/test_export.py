@@ -10,6 +10,7 @@ from hdscale.export import export_student, loading_code
 from hdscale.pretraining import MaskedAutoencoder
 from hdscale.student.build import build_student
 from hdscale.teachers.build import build_teacher
+from hdscale.teachers.files import load_teacher_file
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
 STUDENTS = {
@@ -77,6 +78,13 @@ def test_a_pretrained_encoder_is_exported_without_its_decoder(tmp_path):
     module = MaskedAutoencoder(build_student(config, 32, seed=0), pretrain, seed=0)
     arch = export_student(module.state_dict(), config, 32, tmp_path / "mae.safetensors", kind="mae")
     assert load_file(tmp_path / "mae.safetensors").keys() == timm.create_model(**arch).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["student", "mae", "supervised"])
+def test_an_exported_file_says_how_its_model_was_trained(kind, images, tmp_path):
+    config, path = STUDENTS["plain"], tmp_path / "encoder.safetensors"
+    export_student(trained(config, images).state_dict(), config, 32, path, kind=kind)
+    assert load_teacher_file(path, "feature_teacher.weights").kind == kind
 
 
 def test_half_precision_weights_are_written_in_float32(images, tmp_path):

@@ -130,7 +130,7 @@ class Planner:
         resolved, jobs = self._resolve(_last_of_each(own), seed)
         resolved += [f"run.root={output / 'runs'}", f"run.seed={seed}"]
         recipe = load_recipe(scale.recipe, resolved)
-        if scale.stores_masks and recipe.mask.by_teacher:
+        if scale.stores_masks and recipe.mask.by_teacher and recipe.mask.source == "store":
             store = output / "masks" / f"{_mask_digest(recipe, output)}-seed{seed}"
             resolved.append(f"mask.store={store}")
             arguments = ("--recipe", str(scale.recipe), *resolved)
@@ -145,7 +145,7 @@ class Planner:
         """Return the folder that a row, maybe another table's, has given this recipe, or a new one's name."""
         output = self._settings.output
         values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run": True, "mask": {"store"}})
-        ending = f"{_digest(values, output)}-seed{seed}"
+        ending = f"{_digest(values | _precision(recipe), output)}-seed{seed}"
         if ending not in self._folders:
             there = sorted((output / "runs").glob(f"*-{ending}"))
             name = f"{self._settings.table.key}-{row.key}-{ending}"
@@ -208,7 +208,13 @@ def _last_of_each(overrides: Sequence[str]) -> list[str]:
 def _mask_digest(recipe: Recipe, output: Path) -> str:
     mask = recipe.mask.model_dump(mode="json", exclude={"store", "source"})
     teacher = None if recipe.relation_teacher is None else recipe.relation_teacher.model_dump(mode="json")
-    return _digest({"mask": mask, "relation_teacher": teacher, "data": recipe.data.model_dump(mode="json")}, output)
+    data = recipe.data.model_dump(mode="json")
+    return _digest({"mask": mask, "relation_teacher": teacher, "data": data, **_precision(recipe)}, output)
+
+
+def _precision(recipe: Recipe) -> dict[str, str]:
+    """Name the arithmetic that was asked for; `auto` is left out, so that folders keep the names they had."""
+    return {} if recipe.run.precision == "auto" else {"precision": recipe.run.precision}
 
 
 def _digest(values: dict[str, Any], output: Path) -> str:

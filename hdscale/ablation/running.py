@@ -180,11 +180,15 @@ def _wait(command: list[str], env: dict[str, str], log: TextIO, *, has_ranks: bo
 
     It has a session of its own: Ctrl-C must not kill DeepSpeed's launcher, whose workers would go on without it.
     """
-    child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    child = None
     try:
-        with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+        with _interrupted_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as heed:
+            child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            heed()
             return child.wait()
     except KeyboardInterrupt:
+        if child is None:  # in a thread other than the main one nothing is held back
+            raise
         _stop(psutil.Process(child.pid), has_ranks=has_ranks)
         child.wait()
         raise Stopped from None
@@ -205,18 +209,30 @@ def _stop(command: psutil.Process, *, has_ranks: bool) -> None:
 
 
 @contextlib.contextmanager
-def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Let signals interrupt the block as Ctrl-C does; threads other than the main one cannot change that."""
+def _interrupted_by(*numbers: signal.Signals) -> Iterator[Callable[[], None]]:
+    """Let signals interrupt the block as Ctrl-C does; threads other than the main one cannot change that.
+
+    They are held back until the block calls what it is given: one between a command's start and the wait for it would
+    leave the command without anybody who knows of it.
+    """
+    came, heeded = [], []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        came.append(number)
+        if heeded:
+            raise KeyboardInterrupt
+
+    def heed() -> None:
+        heeded.append(True)
+        if came:
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield heed
         return
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield
+        yield heed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,7 @@ import pytest
 
 from hdscale.ablation.plan import Job, Plan
 from hdscale.ablation.rows import Row
-from hdscale.ablation.running import Failures, Launcher, adopt_teachers, run_plans
+from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_plans
 from hdscale.ablation.scales import SCALES
 from hdscale.config.loading import dump_recipe, load_recipe
 from hdscale.errors import UserError
@@ -123,14 +123,25 @@ RANK = """
 import signal, sys, time
 from pathlib import Path
 def save(number, frame):
-    time.sleep(0.5)
+    Path(__file__).with_name("asked").write_text("")
+    while not Path(__file__).with_name("go").exists():
+        time.sleep(0.01)
     Path(__file__).with_name("saved").write_text(signal.Signals(number).name)
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGUSR1, save)
 Path(__file__).with_name("started").write_text("")
-time.sleep(60)
+time.sleep(600)
 """
+
+
+def wait_for(file, process):
+    """Wait until a file is there; minutes end a hang, and the end of the process that would make it ends the wait."""
+    limit = time.monotonic() + 600
+    while not file.exists():
+        assert process.poll() is None, f"exit code {process.returncode} before {file.name}"
+        assert time.monotonic() < limit, f"no {file.name}"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -142,12 +153,12 @@ def test_a_stop_waits_until_the_running_job_has_saved(first, asked_by, number, t
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path), first]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
-    for _ in range(600):
-        if (tmp_path / "started").exists():
-            break
-        time.sleep(0.1)
+    wait_for(tmp_path / "started", parent)
     os.killpg(parent.pid, number)  # what Ctrl-C on a terminal does
-    assert parent.wait(30) == 75
+    wait_for(tmp_path / "asked", parent)
+    assert parent.poll() is None
+    (tmp_path / "go").write_text("")
+    assert parent.wait(600) == 75
     assert (tmp_path / "saved").read_text() == asked_by
 
 
@@ -170,3 +181,23 @@ def test_teachers_of_an_earlier_demo_are_taken_when_they_are_the_same(tmp_path):
     assert (output / "teachers/mae/encoder.safetensors").read_text() == "mae"
     assert (output / "teachers/mae/DONE").exists()
     assert [path.name for path in (output / "teachers").iterdir()] == ["mae"]  # the other one was trained otherwise
+
+
+def test_a_signal_between_a_command_s_start_and_the_wait_for_it_is_heeded_in_the_wait(monkeypatch, tmp_path):
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    job = script_job(tmp_path, "import time; time.sleep(600)")
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("nobody has taken the signal"))
+    try:
+        with pytest.raises(Stopped):
+            Launcher(DEMO, 2, None, tmp_path / "logs").run(job)
+        assert started[0].returncode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        started[0].kill()
+        started[0].wait()

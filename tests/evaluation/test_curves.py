@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.recipe import StudentConfig, TeacherConfig
 from hdscale.evaluation.curves import attention_curves
 from hdscale.evaluation.held_out import HeldOut
-from hdscale.evaluation.subjects import Subject, measure_attention, measure_decoder_attention
+from hdscale.evaluation.subjects import Subject, measure_attention, measure_decoder_attention, teacher_subject
 from hdscale.student.build import build_student
 from hdscale.student.decoder import build_decoder
 from hdscale.types import Batch, ViTOutput
+from hdscale.vit.encoder import ViTEncoder
 
 GRID, PREFIX, HEADS, WIDTH = 3, 1, 2, 4
 
@@ -74,6 +75,23 @@ def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
     for layer in range(3):
         wanted = [reference(q, k, 8) for q, k in zip(output.queries[layer], output.keys[layer], strict=True)]
         assert curves.head_distance[layer] == pytest.approx(np.mean([d for d, _ in wanted]), rel=1e-4)
+
+
+def test_a_teacher_of_larger_patches_is_measured_in_pixels_of_the_view():
+    config = TeacherConfig(source="timm", name="vit_tiny_patch16_224", weights="random")
+    subject = teacher_subject(config, GRID, "feature_teacher")
+    batches = make_batches([2])
+    encoder = ViTEncoder(
+        subject.model.encoder.model, relation_layers=range(subject.model.depth), final=None, tokens="full"
+    ).eval()
+    with torch.no_grad():  # it is fed 48 pixels for its 3 x 3 patches of 16; the view has 24
+        output = encoder(subject.model.preprocess(batches[0].images, torch.float32))
+    for img_size in (24, 48):
+        held_out = HeldOut(train=[], val=batches, num_train=0, num_val=2, img_size=img_size)
+        curves = measure_attention(subject, held_out, 2, torch.device("cpu"))
+        for layer, pair in enumerate(zip(output.queries, output.keys, strict=True)):
+            wanted = [reference(q, k, img_size // GRID) for q, k in zip(*pair, strict=True)]
+            assert curves.head_distance[layer] == pytest.approx(np.mean([d for d, _ in wanted]), rel=1e-3)
 
 
 def test_pixels_have_no_attention():

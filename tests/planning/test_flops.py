@@ -139,14 +139,33 @@ def test_a_teacher_that_is_left_out_costs_nothing():
     assert relation_only == student_step_flops(VIT_B, 66, relations=2) + relation_teacher_flops(VIT_B, 66)
 
 
-def test_peaks_of_known_devices():
-    assert peak_flops("Tesla V100-SXM2-32GB", "fp16") == 125e12
-    assert peak_flops("Tesla V100-PCIE-16GB", "fp16") == 112e12
-    assert peak_flops("Tesla V100-SXM2-32GB", "fp32") == 15.7e12
-    assert peak_flops("Tesla V100-SXM2-32GB", "bf16") is None
-    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
-    assert peak_flops("NVIDIA A100 80GB PCIe", "bf16") == 312e12
-    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+# Dense TFLOPs a second with sums in fp32, (fp16, fp32), by the names that torch gives the devices.
+PEAKS = {
+    "Tesla V100S-PCIE-32GB": (130, 16.4),  # NVIDIA V100 data sheet, January 2020
+    "Tesla V100-PCIE-16GB": (112, 14),
+    "Tesla V100-SXM2-32GB": (125, 15.7),
+    "Tesla T4": (65, 8.1),  # NVIDIA T4 data sheet
+    "NVIDIA A100-SXM4-80GB": (312, 19.5),  # NVIDIA A100 data sheet; the same for PCIe
+    "NVIDIA A100 80GB PCIe": (312, 19.5),
+    "NVIDIA H100 80GB HBM3": (989, 67),  # NVIDIA H100 data sheet: half of 1,979 with sparsity
+    "NVIDIA H100 PCIe": (756, 51),  # half of 1,513
+    "NVIDIA H100 NVL": (835, 60),  # half of 1,671
+    "NVIDIA H200": (989, 67),  # NVIDIA H200 data sheet
+    "NVIDIA L40S": (362, 91.6),  # NVIDIA L40S data sheet
+    "NVIDIA GeForce RTX 3090": (71, 35.6),  # NVIDIA GA102 white paper: 142 is with sums in fp16
+    "NVIDIA GeForce RTX 4090": (165, 82.6),  # NVIDIA Ada white paper: 330 is with sums in fp16
+}
+WITHOUT_BF16 = ("Tesla V100S-PCIE-32GB", "Tesla V100-PCIE-16GB", "Tesla V100-SXM2-32GB", "Tesla T4")
+
+
+@pytest.mark.parametrize("device", PEAKS)
+def test_a_device_s_peak_is_its_data_sheet_s(device):
+    half, single = PEAKS[device]
+    assert peak_flops(device, "fp16") == pytest.approx(half * 1e12, rel=1e-9)
+    assert peak_flops(device, "fp32") == pytest.approx(single * 1e12, rel=1e-9)
+    assert peak_flops(device, "bf16") == (None if device in WITHOUT_BF16 else peak_flops(device, "fp16"))
+
+
+def test_a_device_that_nobody_has_looked_up_has_no_peak():
     assert peak_flops("NVIDIA RTX A1000", "bf16") is None
     assert peak_flops("cpu", "fp32") is None
