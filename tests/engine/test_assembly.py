@@ -1,6 +1,7 @@
 """What a resumed run compares with its checkpoint, and the ranks with each other, before anything is trained."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,12 @@ from hdscale.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from hdscale.data.decode import INTERPOLATION, decoder_version
 from hdscale.data.index import open_shards
 from hdscale.data.views import VIEW_ALGORITHM
-from hdscale.engine.assembly import identify, plan_run, start_engine
+from hdscale.engine.assembly import identify, plan_run, start_engine, train_run
+from hdscale.engine.checkpoint import Checkpoint
 from hdscale.engine.distillation import open_mask_store, start_session, store_fingerprint
 from hdscale.engine.ranks import Ranks
+from hdscale.engine.schedule import Schedule
+from hdscale.engine.trainer import Plan
 from hdscale.errors import UserError
 from hdscale.masking.bits import pack_indices
 from hdscale.masking.store import MaskStore
@@ -163,3 +167,71 @@ def test_stored_masks_of_another_number_of_patches_are_refused(recipe, tmp_path)
     assert open_mask_store(run, teacher, 64).manifest.num_patches == 64
     with pytest.raises(UserError, match=r"masks/manifest\.json: masks of 64 patches, the student has 16: run launch/"):
         open_mask_store(run, teacher, 16)
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    """Stand where the training loop does: keep what it is given, and reach the end."""
+    given = []
+
+    def train(trainer, batches, metrics, stop):
+        given.append((trainer, metrics, stop))
+        return trainer.plan.end_step
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "StopFlag", lambda: "the flag")
+    return given
+
+
+FIRST, SECOND = (Ranks(rank, 2, rank, torch.device("cpu"), ("alpha", "alpha")) for rank in range(2))
+
+
+def with_settings(recipe, **sections):
+    changed = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+    return recipe.model_copy(update=changed)
+
+
+@pytest.mark.parametrize(("stop_after", "end", "code"), [(None, 20, 0), (7, 7, 75), (20, 20, 0), (30, 20, 0)])
+def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(stop_after, end, code, recipe, loop, tmp_path):
+    recipe = with_settings(
+        recipe,
+        schedule={"stop_after": stop_after},
+        checkpoint={"every_steps": 6, "keep": 2},
+        log={"every_steps": 5},
+    )
+    state = {"step": 4, "quarantine": [3, 1]}
+    run = plan(recipe)._replace(flops_per_image=5.0, accumulation=1, checkpoint=Checkpoint(tmp_path, state))
+    run.folder.mkdir()
+    for ranks in (FIRST, SECOND):
+        assert train_run(run, "engine", ranks, "prepare") == code
+    (trainer, metrics, stop), (other, no_metrics, _) = loop
+    assert trainer.plan == Plan(
+        schedule=Schedule(total_steps=20, warmup_steps=3, peak_lr=1e-3, min_lr=1e-5),
+        start_step=4,
+        end_step=end,
+        accumulation=1,
+        global_batch_size=16,
+        num_samples=60,
+        seed=5,
+        flops_per_image=5.0,
+        peak_flops=None,
+    )
+    assert (trainer.engine, trainer.prepare, trainer.ranks, stop) == ("engine", "prepare", FIRST, "the flag")
+    assert (trainer.checkpoint.every_steps, trainer.checkpoint.keep, trainer.log.every_steps) == (6, 2, 5)
+    assert (trainer.run_folder, trainer.fingerprints) == (run.folder, run.fingerprints)
+    assert trainer.quarantine.sample_ids == other.quarantine.sample_ids == [1, 3]
+    assert other.ranks == SECOND
+    assert metrics is not None
+    assert no_metrics is None
+
+
+@pytest.mark.parametrize(("step", "stop_after", "code"), [(20, None, 0), (8, 8, 75), (9, 8, 75)])
+def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(step, stop_after, code, recipe, loop, tmp_path):
+    recipe = with_settings(recipe, schedule={"stop_after": stop_after})
+    run = plan(recipe)._replace(checkpoint=Checkpoint(tmp_path, {"step": step, "quarantine": []}))
+    said, nothing = io.StringIO(), io.StringIO()
+    assert train_run(run, "engine", FIRST, "prepare", stream=said) == code
+    assert train_run(run, "engine", SECOND, "prepare", stream=nothing) == code
+    assert said.getvalue() == f"{run.folder}: step {step} of 20 is done already\n"
+    assert nothing.getvalue() == ""
+    assert loop == []
