@@ -146,6 +146,7 @@ def test_ranks_that_have_found_different_things_are_named_before_any_engine_is_b
     run = identify(plan(recipe), DIGESTS, [])
 
     def gather(values, mine):
+        assert name in mine
         values[:] = [mine, mine | {name: "another"}]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
