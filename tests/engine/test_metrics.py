@@ -2,6 +2,7 @@ import math
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from hdscale.engine.metrics import MetricsWriter, read_metrics, write_curves
 
@@ -28,7 +29,9 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_tensorboard_shows_the_same_numbers_and_leaves_out_unknown_ones(tmp_path):
+def test_tensorboard_shows_the_same_numbers_and_leaves_out_unknown_ones(tmp_path, monkeypatch):
+    # Files of one second are read in the order of their process's counter, as text: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     write(tmp_path, 0, [1, 2, 3])
     write(tmp_path, 2, [3])
     write_curves(tmp_path, [{"analysis/nmi": 0.5}, {"analysis/nmi": 0.25}])
