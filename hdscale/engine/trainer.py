@@ -153,10 +153,11 @@ class _Meter:
         self._ranks = ranks
         self._collectives = watch_collectives()
         self._sums = torch.zeros(len(LossTerms._fields), device=ranks.device)
-        self._count = 0
+        self._count = 0  # micro-steps in the sums
         self._waited = 0.0
         self._started = time.perf_counter()
         self._images = 0
+        self._timed = 0  # micro-steps since the clock was started
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -168,13 +169,15 @@ class _Meter:
     def add(self, terms: LossTerms) -> None:
         self._sums += torch.stack([term.float() for term in terms])
         self._count += 1
+        self._timed += 1
 
     def restart_clock(self) -> None:
-        """Leave the time since the last log line out of the rate (a checkpoint was written)."""
+        """Leave the time since the last log line out of the rates (a checkpoint was written), and the traffic."""
         self._collectives.read()
         self._started = time.perf_counter()
         self._waited = 0.0
         self._images = 0
+        self._timed = 0
 
     def read(self) -> _Reading:
         """Reduce over ranks and start anew; this waits for the device."""
@@ -187,7 +190,7 @@ class _Meter:
             self._images * self._ranks.world_size / elapsed,
             self._waited / elapsed,
             traffic.seconds / elapsed,
-            traffic.total.sent_bytes / max(1, self._count),
+            traffic.total.sent_bytes / max(1, self._timed),
         )
         self._sums.zero_()
         self._count = 0

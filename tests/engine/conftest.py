@@ -6,9 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = ROOT / "tests/engine/scenarios.py"
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ python tests/engine/scenarios.py WORLD_FOLDER RANKS
 Run folders and `results-RANKS.json` are what the tests look at.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import webdataset
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import hdscale.engine.distillation as distillation
 from data_tools.index_shards import main as index_shards
@@ -104,15 +106,34 @@ def _hashes(store):
     }
 
 
+@contextlib.contextmanager
+def watched_optimizers():
+    """Yield a list of the optimizers' names and rates, one entry per call of `step`: what moved the weights."""
+    steps = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: steps.append(
+            [type(optimizer).__name__, [group["lr"] for group in optimizer.param_groups]]
+        )
+    )
+    try:
+        yield steps
+    finally:
+        hook.remove()
+
+
 def curves_of_two(lab):
-    codes = {}
+    """Train with every stage, source of masks and accumulation; note what steps."""
+    found = {}
     for stage in (2, 3):
-        for source, every in (("store", 0), ("online", 1)):
-            name = f"two-z{stage}-{source}-{every}"
-            codes[name] = lab.distill(name, stage, f"mask.source={source}", f"student.checkpoint_every={every}")
-        name = f"two-z{stage}-accumulated"
-        codes[name] = lab.distill(name, stage, "optim.micro_batch_size=4")
-    return codes
+        for how, overrides in (
+            ("store-0", ["mask.source=store", "student.checkpoint_every=0"]),
+            ("online-1", ["mask.source=online", "student.checkpoint_every=1"]),
+            ("accumulated", ["optim.micro_batch_size=4"]),
+        ):
+            name = f"two-z{stage}-{how}"
+            with watched_optimizers() as steps:
+                found[name] = {"code": lab.distill(name, stage, *overrides), "steps": steps}
+    return found
 
 
 def curves_of_one(lab):
@@ -190,11 +211,12 @@ def offloaded(lab):
     config = load_ds_config(ROOT / "ds_configs/zero2_offload.json")
     few = ["schedule.stop_after=6"]
     found = {"none": [lab.distill("offload-none", 2, *few)]}
-    found["whole"] = [distill(lab.recipe("offload-whole", *few), config, lab.teacher)]
-    found["cut"] = [
-        distill(lab.recipe("offload-cut", f"schedule.stop_after={stop}"), config, lab.teacher) for stop in (STOP, 6)
-    ]
-    return found
+    with watched_optimizers() as steps:
+        found["whole"] = [distill(lab.recipe("offload-whole", *few), config, lab.teacher)]
+        found["cut"] = [
+            distill(lab.recipe("offload-cut", f"schedule.stop_after={stop}"), config, lab.teacher) for stop in (STOP, 6)
+        ]
+    return found | {"optimizers": sorted({name for name, _ in steps})}
 
 
 def interrupt(lab):

@@ -1,8 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hdscale.engine.checkpoint import (
     CorruptCheckpointError,
@@ -12,13 +12,6 @@ from hdscale.engine.checkpoint import (
     save_checkpoint,
 )
 from hdscale.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -62,6 +55,34 @@ def test_saving_a_step_again_replaces_it(run):
     assert path.name == "step-000000015"
     assert names(run) == ["latest", "step-000000005", "step-000000010", "step-000000015"]
     assert open_checkpoint(path).step == 15
+
+
+def test_a_run_that_comes_by_an_earlier_step_again_takes_back_the_later_ones(run):
+    # It started before them; kept, they would be the newest, and this one the first to go.
+    save(run, 8, keep=2)
+    assert names(run) == ["latest", "step-000000005", "step-000000008"]
+    assert (run / "checkpoints/latest").read_text() == "step-000000008\n"
+    assert newest_checkpoint(run).step == 8
+
+
+def test_all_is_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path, process_group, monkeypatch):
+    events = []
+
+    def rename(path, target):
+        events.append(("rename", path.name, target.name))
+        return original(path, target)
+
+    original = Path.rename
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr("hdscale.engine.checkpoint.flush", lambda path: events.append(("flush", path.name)))
+    save(tmp_path, 5)
+    staging, final = ".staging-step-000000005", "step-000000005"
+    place = events.index(("rename", staging, final))
+    assert events[place - 1] == ("flush", staging)  # the folder after the files it lists
+    assert {*events[: place - 1]} == {
+        ("flush", name) for name in ("manifest.json", "state.json", "student-00000-of-00001.safetensors")
+    }
+    assert events[place + 1] == ("flush", "checkpoints")
 
 
 def test_what_a_killed_save_left_behind_is_ignored_and_made_again(run):

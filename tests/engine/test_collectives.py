@@ -1,6 +1,6 @@
 """Counts, formulas and clocks, with one process or none; what two ranks really move stands in test_memory.py."""
 
-import time
+from types import SimpleNamespace
 
 import deepspeed.comm as ds_comm
 import pytest
@@ -28,6 +28,24 @@ def moved(name, *args, **kwargs):
     collectives.watched(name, lambda *_, **__: None)(*args, **kwargs)
     count = collectives.read().operations[name]
     return count.payload_bytes, count.sent_bytes, count.received_bytes
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The host's time as far as the clock can see: a list of one number."""
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def takes(seconds, clock, result=None):
+    """A call of that many seconds."""
+
+    def call(*_, **__):
+        clock[0] += seconds
+        return result
+
+    return call
 
 
 def floats(count):
@@ -74,23 +92,27 @@ def test_calls_for_groups_of_others_are_not_counted():
 
 
 @pytest.mark.usefixtures("group")
-def test_reading_starts_anew_unless_told_otherwise():
+def test_reading_starts_anew_unless_told_otherwise(clock):
     collectives = Collectives(HostClock())
-    reduce = collectives.watched("all_reduce", lambda *_, **__: time.sleep(0.01))
+    reduce = collectives.watched("all_reduce", takes(0.25, clock))
     reduce(floats(100))
     first = collectives.read(reset=False)
+    clock[0] += 8  # outside of any call
     reduce(floats(100))
     second = collectives.read()
     assert (first.operations["all_reduce"].calls, second.operations["all_reduce"].calls) == (1, 2)
-    assert 0.01 < first.seconds < second.seconds
+    assert (first.seconds, second.seconds) == (0.25, 0.5)
     assert second.total == second.operations["all_reduce"]
     assert collectives.read() == ({},)
     assert collectives.read().total == Operation()
 
 
 class Work:
+    def __init__(self, clock):
+        self.clock = clock
+
     def wait(self, timeout=None):
-        time.sleep(0.02)
+        self.clock[0] += 2.0
         return timeout
 
     def is_completed(self):
@@ -98,13 +120,24 @@ class Work:
 
 
 @pytest.mark.usefixtures("group")
-def test_the_wait_for_a_handle_is_timed_and_the_handle_stays_what_it_was():
+def test_the_wait_for_a_handle_is_timed_and_the_handle_stays_what_it_was(clock):
     collectives = Collectives(HostClock())
-    work = collectives.watched("all_reduce", lambda *_, **__: Work())(floats(100), async_op=True)
-    assert collectives.read(reset=False).seconds < 0.02
+    work = collectives.watched("all_reduce", takes(0.25, clock, Work(clock)))(floats(100), async_op=True)
+    clock[0] += 8  # the computation goes on meanwhile
+    assert collectives.read(reset=False).seconds == 0.25
     assert work.wait(7) == 7
     assert work.is_completed() == "asked the handle"
-    assert collectives.read().seconds > 0.02
+    assert collectives.read().seconds == 2.25
+
+
+@pytest.mark.usefixtures("group")
+def test_a_wait_that_fails_is_timed_and_fails(clock):
+    collectives = Collectives(HostClock())
+    failing = SimpleNamespace(wait=lambda: takes(2.0, clock)() or 1 / 0)
+    work = collectives.watched("all_reduce", takes(0.25, clock, failing))(floats(100), async_op=True)
+    with pytest.raises(ZeroDivisionError):
+        work.wait()
+    assert collectives.read().seconds == 2.25
 
 
 class Event:

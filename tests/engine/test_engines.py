@@ -1,5 +1,6 @@
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from hdscale.config.loading import load_recipe
 from hdscale.config.recipe import OptimConfig
@@ -84,6 +85,15 @@ def test_every_kind_of_token_is_free_of_decay(student, wanted, world):
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
+def test_tokens_and_positions_are_not_decayed_whatever_their_shape():
+    module = torch.nn.Module()
+    for name in ("cls_token", "reg_token", "mask_token", "pos_embed", "token_weight"):
+        setattr(module, name, torch.nn.Parameter(torch.zeros(1, 2, 3)))
+    decayed, plain = parameter_groups(torch.nn.Sequential(module), 0.05)
+    assert [parameter is module.token_weight for parameter in decayed["params"]] == [True]
+    assert len(plain["params"]) == 4
+
+
 def test_frozen_parameters_are_in_no_group():
     module = torch.nn.Linear(3, 3)
     module.weight.requires_grad_(False)
@@ -101,15 +111,35 @@ def test_frozen_parameters_are_in_no_group():
 )
 def test_the_recipe_s_numbers_complete_a_deepspeed_config(precision, section):
     given = {"zero_optimization": {"stage": 2}, "steps_per_print": 7}
-    optim = OptimConfig(micro_batch_size=8, clip=0.0)
+    optim = OptimConfig(micro_batch_size=8, clip=0.3)
     assert student_ds_config(given, optim, accumulation=4, precision=precision) == {
         "zero_optimization": {"stage": 2},
         "steps_per_print": 7,
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 4,
-        "gradient_clipping": 0.0,  # left out, it would mean 1
+        "gradient_clipping": 0.3,
         "zero_force_ds_cpu_optimizer": False,
         **section,
+    }
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3, 1.0])
+def test_deepspeed_clips_at_the_recipe_s_norm_and_at_1_when_nobody_says(clip):
+    completed = student_ds_config({}, OptimConfig(micro_batch_size=8, clip=clip), accumulation=4, precision="fp32")
+    assert DeepSpeedConfig(completed).gradient_clipping == clip
+    del completed["gradient_clipping"]
+    assert DeepSpeedConfig(completed).gradient_clipping == 1.0
+
+
+def test_a_file_s_own_settings_stay_and_the_recipe_s_numbers_replace_others():
+    given = {"gradient_clipping": 7.0, "gradient_accumulation_steps": 9, "train_micro_batch_size_per_gpu": 3}
+    completed = student_ds_config(given, OptimConfig(micro_batch_size=8, clip=0.3), accumulation=4, precision="fp32")
+    assert completed == {
+        "steps_per_print": 2**31 - 1,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.3,
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 

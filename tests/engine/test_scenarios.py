@@ -129,7 +129,7 @@ def relative_difference(curve, other):
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_train_as_plain_pytorch_does(name, two_ranks, curve, plain_curve):
-    assert two_ranks["curves_of_two"][name] == 0
+    assert two_ranks["curves_of_two"][name]["code"] == 0
     assert relative_difference(curve(name), plain_curve) <= 1e-5
 
 
@@ -151,8 +151,17 @@ def test_tars_that_plain_webdataset_wrote_train_as_ours_do(one_rank, curve):
     assert curve("foreign") == curve("one-z2-online-1")[:5]
 
 
-def test_the_logged_rate_is_the_schedule_s(two_ranks, curve):
-    assert curve("two-z2-store-0", "lr") == pytest.approx([plain_lr(step) for step in range(STEPS)], rel=1e-12)
+@pytest.mark.parametrize("name", TWO)
+def test_adamw_steps_at_the_schedule_s_rates_and_the_log_shows_them(name, two_ranks, curve):
+    wanted = [plain_lr(step) for step in range(STEPS)]
+    steps = two_ranks["curves_of_two"][name]["steps"]
+    calls = len(steps) // STEPS  # ZeRO calls AdamW once for each group of parameters, or part of one
+    assert calls >= 2
+    assert len(steps) == calls * STEPS
+    for number, (optimizer, rates) in enumerate(steps):
+        assert optimizer == "AdamW"
+        assert rates == pytest.approx([wanted[number // calls]] * len(rates), rel=1e-12)
+    assert curve(name, "lr") == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("stage", ["2", "3all"])
@@ -402,16 +411,28 @@ def test_a_smoke_run_prints_its_figures_once_and_leaves_nothing_behind(stage, wo
 def test_recomputed_activations_give_the_same_losses_whoever_keeps_them(kind, stage, curve, two_ranks):
     name, plain = f"checkpointing-{kind}-z{stage}", f"checkpointing-none-z{stage}"
     assert two_ranks["checkpointing"][name] == two_ranks["checkpointing"][plain] == 75
-    losses = curve(name)
+    losses, norms = curve(name), curve(name, "grad_norm")
     assert len(losses) == 4
-    assert losses == curve(plain)
-    assert curve(name, "grad_norm") == curve(plain, "grad_norm")
+    if kind == "torch":
+        # It recomputes from the very tensors of the first forward: the same kernels on the same shapes, strides and
+        # addresses, whatever the processor.
+        assert losses == curve(plain)
+        assert norms == curve(plain, "grad_norm")
+        return
+    # DeepSpeed recomputes from contiguous copies at other addresses. By strides and alignment, a processor's matrix
+    # products and sums may take another path and add in another order: equal on some, a rounding apart on others.
+    assert losses[0] == curve(plain)[0]  # before anything is recomputed
+    assert losses == pytest.approx(curve(plain), rel=1e-5)
+    assert norms == pytest.approx(curve(plain, "grad_norm"), rel=1e-4)
 
 
 def test_an_optimizer_on_the_cpu_trains_the_same_and_resumes_bit_by_bit(curve, two_ranks):
-    assert two_ranks["offloaded"] == {"none": [75], "whole": [75], "cut": [75, 75]}
+    wanted = {"none": [75], "whole": [75], "cut": [75, 75], "optimizers": ["DeepSpeedCPUAdam"]}
+    assert two_ranks["offloaded"] == wanted
     plain, whole = curve("offload-none"), curve("offload-whole")
     assert len(whole) == 6
-    assert whole == pytest.approx(plain, rel=1e-6)  # DeepSpeed's CPU Adam rounds otherwise
-    assert whole != plain
+    # DeepSpeed compiles its CPU Adam for the machine: with fused multiply-adds or without, it rounds as torch does, or
+    # not.
+    assert whole == pytest.approx(plain, rel=1e-6)
+    # The same kernels on the same shapes, and a checkpoint keeps float32 as it is: on one machine, equal on any.
     assert curve("offload-cut") == whole
