@@ -255,6 +255,11 @@ def agent_store():
     return port, dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
 
 
+def fail_when_ready(place, mistake):
+    place.wait_until_ready()
+    raise UserError(mistake)
+
+
 def test_a_restart_by_torchrun_does_not_hear_of_the_attempt_before(as_rank, agent_store, monkeypatch):
     monkeypatch.setattr(rendezvous, "_FAREWELL_SECONDS", LONG)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -264,8 +269,7 @@ def test_a_restart_by_torchrun_does_not_hear_of_the_attempt_before(as_rank, agen
         monkeypatch.setattr(rendezvous, "_meetings", itertools.count())  # another process
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         with pytest.raises(UserError, match=f"^mistake of attempt {attempt}$"), meeting() as place:
-            place.wait_until_ready()
-            raise UserError(f"mistake of attempt {attempt}")
+            fail_when_ready(place, f"mistake of attempt {attempt}")
 
 
 def test_two_ranks_compare_what_they_have_come_with(as_rank, agent_store):
