@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.engine.launcher import ancestor_command_lines, check_hostfile
+from hdscale.engine.launcher import check_hostfile
 from hdscale.errors import UserError
 
 PYTHON, DEEPSPEED = "/usr/bin/python3", "/venv/bin/deepspeed"
