@@ -98,6 +98,7 @@ class Cluster:
         """Return what a person's shell on node1 has."""
         kept = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
         path = [self.folder / "bin", Path(sys.executable).parent, "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"]
+        kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # hosts have CPUs, whatever this machine has
         return {**kept, "HOME": str(self.folder), "PATH": ":".join(map(str, path))}
 
     def bind(self, host, source, target):
@@ -197,7 +198,7 @@ class Cluster:
         extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions"))
         # What DeepSpeed's launcher passes on to all hosts.
         (folder / ".deepspeed_env").write_text(
-            f"DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nTORCH_EXTENSIONS_DIR={extensions}\n"
+            f"CUDA_VISIBLE_DEVICES=\nDS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nTORCH_EXTENSIONS_DIR={extensions}\n"
         )
 
 

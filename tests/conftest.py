@@ -1,10 +1,17 @@
 """A world small enough for whole runs: 60 pictures in shards, two teachers of random weights, one recipe."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+# `make test-gpu` sets it. All other tests are for CPUs, whatever the machine has, and so is what they start.
+ON_GPU = os.environ.get("HDSCALE_TEST_ON_GPU") == "1"
+if not ON_GPU:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+# ruff: noqa: E402 - torch and DeepSpeed read the environment
 import numpy as np
 import pytest
 import timm
@@ -19,6 +26,15 @@ from hdscale.teachers.files import save_teacher_file
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 60
+
+
+def pytest_collection_modifyitems(items):
+    if ON_GPU and torch.cuda.is_available():
+        return
+    reason = "no GPU is visible" if ON_GPU else "needs a GPU: make test-gpu"
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 class World(NamedTuple):

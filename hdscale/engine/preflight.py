@@ -24,7 +24,7 @@ _LAST_WHEELS = {(5, 0): "12.6", (6, 0): "12.6", (6, 1): "12.6", (7, 0): "12.6"}
 
 _ATTENTION = (2, 16, 67, 64)  # images, heads, 66 kept tokens and the class token, width: a ViT-L student's
 _ATTENTION_TOLERANCE = 0.03
-"""Of the largest entry: bfloat16 keeps 8 bits, and the gradients sum over 67 tokens."""
+"""Of a token's norm: bfloat16 keeps 8 bits, and the gradients sum over 67 tokens; it is off by 0.011 on a CPU."""
 
 _FUSED = "memory-efficient attention"
 
@@ -136,9 +136,10 @@ def check_attention(
     references = _attention(inputs, device, torch.float32, SDPBackend.MATH)
     names = ("output", "gradient of Q", "gradient of K", "gradient of V")
     for name, result, reference in zip(names, results, references, strict=True):
-        error = ((result - reference).abs().max() / reference.abs().max()).item()
+        # Token by token: beside the largest entry of all, a token that is 10 % off looks like rounding.
+        error = ((result - reference).norm(dim=-1) / reference.norm(dim=-1)).max().item()
         if not error <= _ATTENTION_TOLERANCE:  # NaN, too
-            found = f"{_FUSED} in {dtype} gives a wrong {name} ({error:.2g} of the largest entry)"
+            found = f"{_FUSED} in {dtype} gives a wrong {name} (a token is off by {error:.2g})"
             return Check("attention", False, found, _ATTENTION_ADVICE)
     return Check("attention", True, "forward and backward")
 
@@ -150,7 +151,8 @@ def _attention(
     inputs: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype, backend: SDPBackend
 ) -> list[torch.Tensor]:
     """Return the output and the gradients of Q, K and V, in float32."""
-    query, key, value = (x.to(device, dtype).requires_grad_() for x in inputs[:3])
+    # Copies: gradients must gather in neither the caller's tensors nor another backend's.
+    query, key, value = (x.to(device, dtype, copy=True).requires_grad_() for x in inputs[:3])
     with sdpa_kernel(backend):
         output = F.scaled_dot_product_attention(query, key, value)
         output.backward(inputs[3].to(device, dtype))

@@ -231,6 +231,8 @@ def meeting() -> Iterator[Rendezvous]:
 @contextlib.contextmanager
 def _meeting(facts: Mapping[str, Any], seconds: float) -> Iterator[Rendezvous]:
     global _current
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # its launcher numbers CPUs as visible GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with _launched_or_alone() as launched:
         _current = place = _arrive({**_code_facts(), **facts}, seconds)
         place.launched = launched

@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.launcher import runner
 
 from hdscale.engine import hosts
 from hdscale.engine.hosts import (
@@ -145,14 +147,15 @@ def test_the_table_has_one_column_for_machines_that_are_alike():
 
 def test_the_question_and_the_answer_survive_the_journey(tmp_path):
     question = Question("fp16", Path("my shards/it's"), "train", tmp_path, "mark")
-    environment = {"PYTHONPATH": "/a", "NCCL_DEBUG": "INFO", "SECRET": "x", "HOME": str(tmp_path)}
+    environment = {"PYTHONPATH": "/a", "NCCL_DEBUG": "INFO", "UCX_TLS": "rc", "SECRET": "x", "HOME": str(tmp_path)}
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\n\nA=b=c\n")
     command = remote_command(question, SCRIPT, environment)
     words = shlex.split(command)
     assert words[:5] == ["cd", str(Path.cwd()), "&&", "exec", "env"]
-    assert words[5:9] == [f"PYTHONPATH={Path.cwd()}:/a", "NCCL_DEBUG=INFO", "GLOO_SOCKET_IFNAME=eth0", "A=b=c"]
-    assert words[9:12] == [sys.executable, str(SCRIPT), "--facts"]
-    assert question_from_json(words[12]) == question
+    exported = [f"PYTHONPATH={Path.cwd()}:/a", "NCCL_DEBUG=INFO", "UCX_TLS=rc"]
+    assert words[5:10] == [*exported, "GLOO_SOCKET_IFNAME=eth0", "A=b=c"]
+    assert words[10:13] == [sys.executable, str(SCRIPT), "--facts"]
+    assert question_from_json(words[13]) == question
     assert question_from_json(shlex.split(remote_command(Question(), SCRIPT, {}))[-1]) == Question()
 
 
@@ -176,7 +179,7 @@ def ssh(tmp_path, monkeypatch):
 
 
 def test_all_hosts_are_asked_and_each_silence_has_its_reason(ssh, tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "_PATIENCE", 20)
+    monkeypatch.setattr(hosts, "_PATIENCE", 600)  # `well` imports torch, on whatever machine this is
     machines = ssh(
         well='echo Welcome; echo "{" ; sh -c "$6"; echo bye',
         off='echo "ssh: connect to host off port 22: No route to host" >&2; exit 255',
@@ -198,9 +201,17 @@ def test_all_hosts_are_asked_and_each_silence_has_its_reason(ssh, tmp_path, monk
     assert set((tmp_path / "calls").read_text().splitlines()) == {"-o BatchMode=yes -o ConnectTimeout=10"}
 
 
+def test_a_host_is_told_what_the_launcher_tells_its_ranks(tmp_path):
+    """MLFLOW and MV2 (MVAPICH), which DeepSpeed passes on as well, are nothing to a check."""
+    passed_on = {*runner.EXPORT_ENVS, *CUDA_Accelerator.export_envs(None)} - {"MLFLOW", "MV2"}
+    environment = {f"{name}_X": "1" for name in [*passed_on, "OTHER"]} | {"HOME": str(tmp_path)}
+    words = shlex.split(remote_command(Question(), SCRIPT, environment))
+    assert {word for word in words if word.endswith("_X=1")} == {f"{name}_X=1" for name in passed_on}
+
+
 def test_a_host_that_hangs_is_given_up(ssh, monkeypatch):
     monkeypatch.setattr(hosts, "_PATIENCE", 0.2)
-    (column, _) = check_hosts(ssh(stuck="exec sleep 60"), Question(), SCRIPT, {}).values()
+    (column, _) = check_hosts(ssh(stuck="exec sleep 3600"), Question(), SCRIPT, {}).values()
     assert [check.found for check in column] == ["no answer within 0.2 seconds"]
 
 

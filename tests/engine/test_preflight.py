@@ -151,22 +151,65 @@ def test_attention_that_is_missing_makes_training_slow_and_does_not_end_it(gpu, 
     quick_check(GPU, "fp16")
 
 
+def one_entry(value):
+    def spoil(result):
+        result[1, 2, 3, 4] += value
+
+    return spoil
+
+
+def one_token_too_large(result):
+    result[0, 5, -1] *= 1.1
+
+
+def all_too_large(result):
+    result *= 1.1
+
+
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 100.0])
-def test_attention_that_computes_something_else_ends_training(place, value, gpu, monkeypatch):
+@pytest.mark.parametrize(
+    "spoil",
+    [one_entry(float("nan")), one_entry(float("inf")), one_entry(100.0), one_token_too_large, all_too_large],
+    ids=["nan", "inf", "100", "one token 10 % off", "10 % off"],
+)
+def test_attention_that_computes_something_else_ends_training(place, spoil, gpu, monkeypatch):
     gpu((7, 0), CUDA_12_6, native_bf16=False)
     real = preflight._attention
 
     def wrong(inputs, device, dtype, backend):
         results = real(inputs, device, dtype, backend)
         if backend != SDPBackend.MATH:
-            results[place][1, 2, 3, 4] += value
+            spoil(results[place])
         return results
 
     monkeypatch.setattr(preflight, "_attention", wrong)
     name = ("output", "gradient of Q", "gradient of K", "gradient of V")[place]
     with pytest.raises(UserError, match=f"attention: memory-efficient attention in torch.float16 gives a wrong {name}"):
         quick_check(GPU, "fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_attention_with_another_scale_of_the_logits_ends_training(precision, gpu, monkeypatch):
+    """A kernel that is 10 % off inside: its output and all gradients are those of another softmax."""
+    gpu((8, 0), CUDA_12_6, native_bf16=True)
+    real = preflight.F.scaled_dot_product_attention
+
+    def wrong(query, key, value):
+        is_reference = torch.backends.cuda.math_sdp_enabled()
+        return real(query if is_reference else query * 1.1, key, value)
+
+    monkeypatch.setattr(preflight.F, "scaled_dot_product_attention", wrong)
+    with pytest.raises(UserError, match="gives a wrong output"):
+        quick_check(GPU, precision)
+
+
+def test_each_backend_s_gradients_are_its_own():
+    inputs = [torch.randn(preflight._ATTENTION) for _ in range(4)]
+    first = preflight._attention(inputs, CPU, torch.float32, SDPBackend.MATH)
+    kept = [result.clone() for result in first]
+    preflight._attention(inputs, CPU, torch.float32, SDPBackend.MATH)
+    assert all(map(torch.equal, first, kept))
+    assert not any(x.requires_grad for x in inputs)
 
 
 def test_the_first_device_that_fails_stands_for_the_machine(gpu, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,15 @@ SCRIPTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    """A command among ranks ends its process with its group; here, other tests come after it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+
+
 @pytest.fixture
 def spoiled(own_world, monkeypatch):
     """Return what a person sees of a command that fails in a world that the test has spoiled."""
@@ -45,8 +55,6 @@ def spoiled(own_world, monkeypatch):
             patch.setattr(os, "environ", os.environ.copy())
             assert exit_code(SCRIPTS[script], command) == 2
         assert torch.distributed.is_initialized() == among_ranks
-        if among_ranks:  # a command ends its process instead
-            torch.distributed.destroy_process_group()
         assert listing(own_world.folder) == before
         lines = capsys.readouterr().err.splitlines()
         messages = [line for line in lines if line.startswith("error: ")]
