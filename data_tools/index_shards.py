@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
-from hdscale.data.indexer import IndexJob, index_split, tar_names
-from hdscale.data.labels import label_rule, read_classes
 from hdscale.data.manifest import Manifest
-from hdscale.data.plan import PlanSettings, check_settings, check_workers
 from hdscale.hashing import json_digest
 from hdscale.progress import Progress
+from hdscale.shards.indexer import IndexJob, index_split, tar_names
+from hdscale.shards.labels import label_rule, read_classes
+from hdscale.shards.split import PlanSettings, check_settings, check_workers
 
 _NAMED_SKIPS = 10
 

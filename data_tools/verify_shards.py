@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
-from hdscale.data.checker import check_split
 from hdscale.data.manifest import read_manifest
-from hdscale.data.plan import check_workers
 from hdscale.progress import Progress
+from hdscale.shards.split import check_workers
+from hdscale.shards.verifier import check_split
 
 EXIT_BAD = 1
 

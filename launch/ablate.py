@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from hdscale.ablation.plan import Settings, check_overrides
+from hdscale.ablation.jobs import Settings, check_overrides
 from hdscale.ablation.scales import SCALES, find_scale
 from hdscale.ablation.tables import TABLES, find_table
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     check_overrides(options.overrides, scale, table)
 
     # torch takes seconds to import: a mistake is found before that.
-    from hdscale.ablation.ablate import Ablation, ablate, table_files
+    from hdscale.ablation.make_table import Ablation, ablate, table_files
     from hdscale.ablation.running import Launcher, listing
 
     settings = Settings(table, scale, output, tuple(options.overrides))

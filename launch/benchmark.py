@@ -15,11 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdscale.cli import EXIT_DONE, run
-from hdscale.data.benchmark import data_report, loading_contenders, read_cold, take_turns
-from hdscale.data.index import open_shards
-from hdscale.data.photos import make_photo_shards
-from hdscale.engine.memory_report import (
+from hdscale.benchmarks.loading import data_report, loading_contenders, read_cold, take_turns
+from hdscale.benchmarks.memory_report import (
     MemoryOptions,
     launch,
     load_recipes,
@@ -28,6 +25,9 @@ from hdscale.engine.memory_report import (
     resident_report,
     started_by_launcher,
 )
+from hdscale.benchmarks.photographs import make_photo_shards
+from hdscale.cli import EXIT_DONE, run
+from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from hdscale.progress import Progress
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from hdscale.cli import EXIT_DONE, run
 from hdscale.config.loading import load_run_recipe
-from hdscale.engine.checkpoint import (
+from hdscale.errors import UserError
+from hdscale.export import export_student, loading_code
+from hdscale.runs.checkpoint import (
     CHECKPOINT_FOLDER,
     Checkpoint,
     CorruptCheckpointError,
     open_checkpoint,
     require_checkpoint,
 )
-from hdscale.errors import UserError
-from hdscale.export import export_student, loading_code
 
 
 def main(argv: list[str]) -> int:

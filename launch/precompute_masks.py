@@ -28,11 +28,11 @@ def main(argv: list[str]) -> int:
     ds_config = load_ds_config(options.teacher_ds_config, stages=(3,))
 
     # Torch and DeepSpeed take seconds to import: a mistake in a recipe is found before that.
-    from hdscale.engine.rendezvous import all_hosts
+    from hdscale.cluster.arrival import all_hosts
 
     with all_hosts(recipe, teacher_ds_config=ds_config):
-        from hdscale.engine.engines import check_zero_section
-        from hdscale.engine.precompute import precompute_masks
+        from hdscale.engine.zero import check_zero_section
+        from hdscale.training.masks import precompute_masks
 
         check_zero_section(options.teacher_ds_config, ds_config)
         return precompute_masks(recipe, ds_config, stream=sys.stderr)

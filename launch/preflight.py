@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
 
-    from hdscale.engine import bandwidth, hosts
-    from hdscale.engine.machine import Question, machine_facts
+    from hdscale.preflight import bandwidth, hosts
+    from hdscale.preflight.machine import Question, machine_facts
 
     if options.all_reduce:
         from hdscale.engine.ranks import distributed

@@ -31,11 +31,11 @@ def main(argv: list[str]) -> int:
     ds_config = load_ds_config(options.ds_config)
 
     # Torch and DeepSpeed take seconds to import: a mistake in a recipe is found before that.
-    from hdscale.engine.rendezvous import all_hosts
+    from hdscale.cluster.arrival import all_hosts
 
     with all_hosts(recipe, ds_config=ds_config):
-        from hdscale.engine.engines import check_zero_section
-        from hdscale.engine.pretraining_run import pretrain
+        from hdscale.engine.zero import check_zero_section
+        from hdscale.training.pretrain import pretrain
 
         check_zero_section(options.ds_config, ds_config)
         return pretrain(recipe, options.method, ds_config, allow_change=options.allow_change, stream=sys.stderr)

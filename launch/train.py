@@ -38,12 +38,12 @@ def main(argv: list[str]) -> int:
     teacher_ds_config = load_ds_config(options.teacher_ds_config, stages=(3,))
 
     # Torch and DeepSpeed take seconds to import: a mistake in a recipe is found before that.
-    from hdscale.engine.rendezvous import all_hosts
+    from hdscale.cluster.arrival import all_hosts
 
     with all_hosts(recipe, ds_config=ds_config, teacher_ds_config=teacher_ds_config):
-        from hdscale.engine.distillation import distill
-        from hdscale.engine.engines import check_zero_section
-        from hdscale.engine.smoke import smoke
+        from hdscale.engine.zero import check_zero_section
+        from hdscale.training.distill import distill
+        from hdscale.training.smoke import smoke
 
         check_zero_section(options.ds_config, ds_config)
         check_zero_section(options.teacher_ds_config, teacher_ds_config)

@@ -19,10 +19,12 @@ import torch
 import yaml
 from PIL import Image
 
-from hdscale.data.plan import PlanSettings, plan_splits
-from hdscale.data.sources import ImageFolder
-from hdscale.data.writer import SplitJob, write_split
+from hdscale.shards.sources.image_folder import ImageFolder
+from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.writer import SplitJob, write_split
 from hdscale.teachers.files import save_teacher_file
+
+pytest_plugins = ["tests.helpers.ranks", "tests.helpers.shards"]
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 60

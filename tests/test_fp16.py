@@ -17,7 +17,7 @@ from hdscale.distiller import build_distiller
 from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.masking.progressive import keep_least_redundant
 from hdscale.teachers.build import build_teacher
-from hdscale.teachers.pair import TeacherPair
+from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch
 from hdscale.vit.encoder import ViTEncoder
 

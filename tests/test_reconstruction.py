@@ -7,7 +7,7 @@ import torch
 from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller, load_student
 from hdscale.losses import token_relation
-from hdscale.teachers.pair import TeacherPair
+from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch, Targets, ViTOutput
 from hdscale.vit.tokens import other_indices
 

@@ -7,30 +7,30 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from hdscale.analysis.curves import AttentionCurves
 from hdscale.config.loading import load_run_recipe
 from hdscale.distiller import load_decoder
-from hdscale.engine.checkpoint import require_checkpoint
-from hdscale.engine.metrics import read_metrics
 from hdscale.evaluation.accuracy import Accuracy
-from hdscale.evaluation.curves import AttentionCurves
+from hdscale.evaluation.candidates import TrainedRun, student_subject
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
-from hdscale.evaluation.runs import TrainedRun, student_subject
-from hdscale.evaluation.subjects import (
+from hdscale.evaluation.measure import (
     held_out_features,
     measure_attention,
     measure_decoder_attention,
     teacher_subject,
 )
+from hdscale.runs.checkpoint import require_checkpoint
+from hdscale.runs.metrics import read_metrics
 from hdscale.staging import staged
 from hdscale.student.build import Student, student_grid_size
 
 if TYPE_CHECKING:
     import torch
 
-    from hdscale.ablation.plan import Plan
-    from hdscale.evaluation.subjects import Subject
+    from hdscale.ablation.jobs import Plan
+    from hdscale.evaluation.measure import Subject
 
 _FORMAT = 2
 _PARTS = ("knn", "probe", "curves", "decoder_curves")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hdscale.ablation.rows import Row, Table
+from hdscale.ablation.table import Row, Table
 
 _DIRECT = ("relation_teacher=null", "mask.strategy=none")
 _NO_DECODER, _LINEAR = ("student.decoder=identity",), ("student.decoder=linear",)

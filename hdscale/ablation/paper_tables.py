@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hdscale.ablation.rows import Paper, Row, Table
+from hdscale.ablation.table import Paper, Row, Table
 
 _NO_MASKS = "mask.strategy=none"
 _T_C, _T_M = "T_c(x)", "T_m(x)"

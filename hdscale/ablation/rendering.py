@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hdscale.ablation.results import Figure, RowResult
-    from hdscale.ablation.rows import Table
+    from hdscale.ablation.table import Table
 
 _NOTHING = "-"
 _FIGURES = {  # name: (how a sentence calls it, its unit, decimals)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hdscale.ablation.measuring import Measures
-    from hdscale.ablation.rows import Paper, Row, Table
+    from hdscale.ablation.table import Paper, Row, Table
 
 
 class Figure(NamedTuple):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
-    from hdscale.ablation.plan import Job, Plan
+    from hdscale.ablation.jobs import Job, Plan
     from hdscale.ablation.scales import Scale, Training
 
 _TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")

@@ -9,7 +9,7 @@ from hdscale.ablation.paper_tables import PAPER_TABLES
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
-    from hdscale.ablation.rows import Table
+    from hdscale.ablation.table import Table
 
 TABLES = {table.key: table for table in (*PAPER_TABLES, *PAPER_FIGURES)}
 

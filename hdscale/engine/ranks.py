@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.logging import set_log_level_from_string
 
-from hdscale.engine.machine import find_own_tools
-from hdscale.engine.preflight import quick_check
-from hdscale.engine.rendezvous import meeting
+from hdscale.cluster.arrival import meeting
+from hdscale.cluster.device import quick_check
 from hdscale.errors import UserError
+from hdscale.preflight.machine import find_own_tools
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hdscale.engine.rendezvous import Rendezvous
+    from hdscale.cluster.arrival import Rendezvous
 
 _PR_SET_PDEATHSIG = 1
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hdscale.evaluation.accuracy import Accuracy
-    from hdscale.evaluation.subjects import Row
+    from hdscale.evaluation.measure import Row
 
 LAST_LAYERS = 4
 """Layers in the table; TensorBoard has all of them."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from hdscale.errors import UserError
 from hdscale.masking.progressive import keep_share, stage_layers
-from hdscale.teachers.sources import load_source
+from hdscale.teachers.load import load_source
 from hdscale.teachers.weights import weights_digest
 from hdscale.vit.build import img_size, num_heads, patch_size, weight_dtype
 from hdscale.vit.encoder import ViTEncoder

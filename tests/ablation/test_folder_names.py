@@ -2,9 +2,9 @@
 
 import pytest
 
-from hdscale.ablation.plan import Planner, Settings
-from hdscale.ablation.rows import Row, Table
+from hdscale.ablation.jobs import Planner, Settings
 from hdscale.ablation.scales import SCALES
+from hdscale.ablation.table import Row, Table
 from hdscale.config.loading import flat_fields
 from hdscale.config.recipe import Recipe
 

@@ -7,9 +7,9 @@ import pytest
 from hdscale.ablation.measuring import Measures
 from hdscale.ablation.rendering import Report, render_csv, render_markdown
 from hdscale.ablation.results import RowResult, difference, pairs
-from hdscale.ablation.rows import Paper, Row, Table
+from hdscale.ablation.table import Paper, Row, Table
+from hdscale.analysis.curves import AttentionCurves
 from hdscale.evaluation.accuracy import accuracy_of
-from hdscale.evaluation.curves import AttentionCurves
 
 TABLE = Table(
     "8",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.ablation.plan import Job, Plan
-from hdscale.ablation.rows import Row
+from hdscale.ablation.jobs import Job, Plan
 from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_plans
 from hdscale.ablation.scales import SCALES
+from hdscale.ablation.table import Row
 from hdscale.config.loading import dump_recipe, load_recipe
 from hdscale.errors import UserError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.ablation.plan import Planner, Settings
+from hdscale.ablation.jobs import Planner, Settings
 from hdscale.ablation.scales import SCALES, Scale, find_scale
 from hdscale.ablation.tables import TABLES
 from hdscale.config.loading import flat_fields, load_recipe

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.ablation.plan import Planner, Settings
+from hdscale.ablation.jobs import Planner, Settings
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.tables import TABLES, find_table
 from hdscale.config.loading import changed_fields, load_recipe

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from hdscale.config.loading import RECIPE_FILE, changed_fields, check_allowed, dump_recipe, load_recipe
 from hdscale.config.recipe import Recipe
-from hdscale.engine.run_folder import check_recipe_unchanged, is_allowed
 from hdscale.errors import UserError
+from hdscale.runs.folder import check_recipe_unchanged, is_allowed
 
 FREE = {
     "run.name",

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from hdscale.config.recipe import DataConfig
 from hdscale.data.order import GlobalOrder, WindowedOrder, build_order, permute, positions_of, samples_at
-from hdscale.data.plan import PlanSettings, plan_splits
-from hdscale.data.sources import Listing
+from hdscale.shards.sources.image_folder import Listing
+from hdscale.shards.split import PlanSettings, plan_splits
 
 MASK64 = 2**64 - 1
 GOLDEN_GLOBAL = [154, 607, 290, 557, 904, 602]

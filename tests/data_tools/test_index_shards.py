@@ -81,7 +81,7 @@ def test_ctrl_c_says_how_to_continue(tars, capsys, monkeypatch):
 
 
 def test_workers_import_no_torch():
-    code = "import sys, hdscale.data.indexer; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    code = "import sys, hdscale.shards.indexer; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 

@@ -91,7 +91,7 @@ import time
 
 from data_tools.make_shards import main
 from hdscale.cli import run
-from hdscale.data.sources import ImageFolder
+from hdscale.shards.sources.image_folder import ImageFolder
 
 read = ImageFolder.read
 ImageFolder.read = lambda self, name, place: time.sleep(3600) if name == "class1/09.jpg" else read(self, name, place)

@@ -11,9 +11,9 @@ from data_tools.make_shards import main as make
 from data_tools.verify_shards import EXIT_BAD, main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import file_digest, open_shards
-from hdscale.data.plan import PlanSettings, plan_splits
-from hdscale.data.sources import Digits
-from hdscale.data.writer import SplitJob, write_split
+from hdscale.shards.sources.image_folder import Digits
+from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.writer import SplitJob, write_split
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from hdscale.cli import exit_code
 from hdscale.config.loading import dump_recipe
 from hdscale.config.recipe import Recipe
 from hdscale.distiller import build_distiller
-from hdscale.engine.checkpoint import save_checkpoint
 from hdscale.pretraining import SupervisedClassifier
+from hdscale.runs.checkpoint import save_checkpoint
 from hdscale.student.build import build_student
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,10 +3,10 @@ import shutil
 import pytest
 
 from hdscale.config.recipe import DataConfig, EvaluationConfig
-from hdscale.data.indexer import IndexJob, index_split
-from hdscale.data.labels import label_rule
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
+from hdscale.shards.indexer import IndexJob, index_split
+from hdscale.shards.labels import label_rule
 
 
 def test_samples_without_labels_are_no_class_of_their_own(world, tmp_path):

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from hdscale.analysis.curves import AttentionCurves
 from hdscale.evaluation.accuracy import Accuracy
-from hdscale.evaluation.curves import AttentionCurves
-from hdscale.evaluation.subjects import Row
+from hdscale.evaluation.measure import Row
 from hdscale.evaluation.summary import curve_scalars, render_knn, render_summary, student_differences, summary_json
 
 CURVES = AttentionCurves((1.0, 2.0, 3.0, 4.0, 5.0, 6.25), (0.0, 0.1, 0.2, 0.3, 0.4, 0.55))

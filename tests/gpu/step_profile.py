@@ -12,9 +12,9 @@ import torch
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
-from hdscale.engine.assembly import run_loader
-from hdscale.engine.smoke import generated_session
-from hdscale.engine.trainer import to_device, train_step
+from hdscale.training.loop import to_device, train_step
+from hdscale.training.run import run_loader
+from hdscale.training.smoke import generated_session
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP, STEPS = 4, 8

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
+from hdscale.cluster.device import check_attention, quick_check
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
-from hdscale.engine.assembly import run_loader
-from hdscale.engine.distillation import start_session
-from hdscale.engine.preflight import check_attention, quick_check
 from hdscale.engine.ranks import resolve_precision
-from hdscale.engine.trainer import to_device, train_step
+from hdscale.training.distill import start_session
+from hdscale.training.loop import to_device, train_step
+from hdscale.training.run import run_loader
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.gpu

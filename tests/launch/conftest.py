@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from tests.cluster import hosts_on_one_machine, why_not
+from tests.helpers.hosts import hosts_on_one_machine, why_not
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
-from hdscale.engine.assembly import run_loader
 from hdscale.engine.collectives import watch_collectives
-from hdscale.engine.distillation import start_session
-from hdscale.engine.engines import held_elements
 from hdscale.engine.ranks import distributed
-from hdscale.engine.trainer import train_step
+from hdscale.engine.zero import held_elements
+from hdscale.training.distill import start_session
+from hdscale.training.loop import train_step
+from hdscale.training.run import run_loader
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDINGS = ("node", "zero3", "replicate")

@@ -14,15 +14,15 @@ import torch
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.distiller import load_student
-from hdscale.engine.assembly import run_loader
-from hdscale.engine.checkpoint import require_checkpoint
-from hdscale.engine.distillation import distill, start_session
-from hdscale.engine.engines import full_state
-from hdscale.engine.pretraining_run import pretrain
 from hdscale.engine.ranks import distributed
-from hdscale.engine.run_folder import run_folder_of
-from hdscale.engine.trainer import seed_everything, train_step
-from hdscale.planning.flops import count_flops
+from hdscale.engine.zero import full_state
+from hdscale.flops import count_flops
+from hdscale.runs.checkpoint import require_checkpoint
+from hdscale.runs.folder import run_folder_of
+from hdscale.training.distill import distill, start_session
+from hdscale.training.loop import seed_everything, train_step
+from hdscale.training.pretrain import pretrain
+from hdscale.training.run import run_loader
 from launch.export import main as export
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,10 +20,10 @@ from hdscale.cli import exit_code
 from hdscale.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from hdscale.data.index import open_shards
 from hdscale.data.loader import view_fingerprint
-from hdscale.engine.run_folder import mark_done
 from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
 from hdscale.masking.store import MaskStore
+from hdscale.runs.folder import mark_done
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.files import load_teacher_file, save_teacher_file
 
@@ -269,8 +269,8 @@ def write_run(world, *, steps=(4,), **fingerprints):
 
 def plan(world, *overrides, allow_change=()):
     """Check the run as launch/train.py does, and start nothing."""
-    from hdscale.engine.assembly import identify, plan_run
-    from hdscale.engine.distillation import build_teachers
+    from hdscale.training.distill import build_teachers
+    from hdscale.training.run import identify, plan_run
 
     recipe = load_recipe(world.recipe, [ONLINE, *overrides])
     digests = {name: teacher.digest for name, teacher in build_teachers(recipe, 8).named().items()}

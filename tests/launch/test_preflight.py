@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hdscale.cli import exit_code
-from hdscale.engine import bandwidth
-from hdscale.engine.bandwidth import launch_all_reduce
+from hdscale.preflight import bandwidth
+from hdscale.preflight.bandwidth import launch_all_reduce
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch/preflight.py"

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from hdscale.config.recipe import TeacherConfig
 from hdscale.errors import UserError
 from hdscale.teachers.files import save_teacher_file
-from hdscale.teachers.sources import load_source
+from hdscale.teachers.load import load_source
 from hdscale.teachers.weights import fit_state, read_state
 from hdscale.vit.build import create_teacher_vit
 from hdscale.vit.encoder import ViTEncoder
-from tests.teachers.layouts import DIM, SIZES, patch_tokens, random_state
+from tests.helpers.teacher_layouts import DIM, SIZES, patch_tokens, random_state
 
 OTHERS = {"optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
 HEAD = {"head.weight": torch.ones(10, DIM), "head.bias": torch.ones(10)}

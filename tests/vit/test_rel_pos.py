@@ -7,10 +7,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from hdscale.analysis.curves import attention_curves
 from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig, TeacherConfig
 from hdscale.distiller import build_distiller, load_student
 from hdscale.errors import UserError
-from hdscale.evaluation.curves import attention_curves
 from hdscale.export import export_student, loading_code
 from hdscale.student.build import build_student
 from hdscale.teachers.build import build_teacher

@@ -1,0 +1,222 @@
+"""From a table's rows to recipes and to the commands that train them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hdscale.ablation.scales import OUTPUT
+from hdscale.config.loading import load_recipe
+from hdscale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hdscale.ablation.scales import Scale
+    from hdscale.ablation.table import Row, Table
+    from hdscale.config.recipe import Recipe
+
+_WORD = re.compile(r"@([a-z0-9_]+)(?::(\S+))?$")
+_STUDENT_FILE = "student.safetensors"
+
+
+class Job(NamedTuple):
+    """One command of hdscale's, which is done when its marker is there."""
+
+    name: str  # for messages and the log's file name
+    script: str  # below the repository's root
+    arguments: tuple[str, ...]
+    marker: Path
+    on_ranks: bool = True  # started by the DeepSpeed launcher
+    marks: bool = False  # the command leaves no marker itself
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.marker.is_file()
+
+
+class Plan(NamedTuple):
+    """One row under one seed."""
+
+    row: Row
+    seed: int
+    recipe: Recipe
+    jobs: tuple[Job, ...]  # in this order; rows and seeds share most of them
+    folder: Path | None  # of the run; None: the recipe's feature teacher is measured
+
+    @property
+    def label(self) -> str:
+        """Name the row and its seed."""
+        return self.row.key if self.folder is None else f"{self.row.key}, seed {self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do; what the last job was made from is not needed any more."""
+        return not self.jobs or self.jobs[-1].is_done
+
+
+class Settings(NamedTuple):
+    """What a person chose."""
+
+    table: Table
+    scale: Scale
+    output: Path
+    overrides: tuple[str, ...] = ()  # of all rows, after the table's
+
+
+def check_overrides(overrides: Sequence[str], scale: Scale, table: Table) -> None:
+    """Refuse fields that the command sets itself, row by row: they would be passed over in silence.
+
+    Raises:
+        UserError: naming the argument and what to use instead.
+    """
+    instead = {
+        "run.name": "runs are named after their recipes; leave it out",
+        "run.root": "runs lie in --output; set that",
+        "run.seed": "seeds count from 0; set --seeds",
+    }
+    if scale.stores_masks:
+        instead["mask.store"] = "masks lie in --output; set that"
+    own = {part.partition("=")[0] for row in table.rows for part in (*row.overrides, *row.demo, *row.full)}
+    for override in overrides:
+        field = override.partition("=")[0]
+        if field in instead:
+            raise UserError(f"argument {override!r}: {field} is not for ablate.py: {instead[field]}")
+        if any(name == field or name.startswith(f"{field}.") for name in own):
+            raise UserError(
+                f"argument {override!r}: rows of table {table.key} differ in {field}, and would stand under names that "
+                "are no longer theirs: leave it out, or train such a row by launch/train.py"
+            )
+
+
+class Planner:
+    """Turns rows into plans; the same recipe gets the same run folder, whatever row or table it stands in."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folders: dict[str, Path] = {}  # by what a run folder's name ends with
+
+    def plan(self, rows: Sequence[Row], seeds: int) -> list[Plan]:
+        """Resolve rows under seeds 0 .. seeds - 1; a seed's rows stand together: a whole table is there early.
+
+        Raises:
+            UserError: a row's recipe is not valid, naming the row.
+        """
+        # A teacher is measured once: it has no seed.
+        return [self.row(row, seed) for seed in range(seeds) for row in rows if seed == 0 or not row.model]
+
+    def row(self, row: Row, seed: int) -> Plan:
+        """Resolve one row."""
+        table, scale, _, _ = self._settings
+        try:
+            return self._teacher_row(row) if row.model else self._student_row(row, seed)
+        except UserError as error:
+            raise UserError(f"table {table.key}, row {row.key}, scale {scale.name}: {error}") from error
+
+    def _teacher_row(self, row: Row) -> Plan:
+        _, scale, _, added = self._settings
+        overrides = [*scale.overrides, "relation_teacher=null", f"feature_teacher={row.model}", "mask.strategy=none"]
+        resolved, jobs = self._resolve([*overrides, *added], seed=0)
+        recipe = load_recipe(scale.recipe, resolved)
+        return Plan(row, 0, recipe, tuple(jobs), None)
+
+    def _student_row(self, row: Row, seed: int) -> Plan:
+        table, scale, output, added = self._settings
+        own = [*scale.overrides, *table.base, *row.overrides, *(row.demo if scale.is_demo else row.full), *added]
+        resolved, jobs = self._resolve(_last_of_each(own), seed)
+        resolved += [f"run.root={output / 'runs'}", f"run.seed={seed}"]
+        recipe = load_recipe(scale.recipe, resolved)
+        if scale.stores_masks and recipe.mask.by_teacher and recipe.mask.source == "store":
+            store = output / "masks" / f"{_mask_digest(recipe, output)}-seed{seed}"
+            resolved.append(f"mask.store={store}")
+            arguments = ("--recipe", str(scale.recipe), *resolved)
+            marker = store.with_name(f"{store.name}.done")
+            jobs.append(Job(f"masks {store.name}", "launch/precompute_masks.py", arguments, marker, marks=True))
+        folder = self._run_folder(row, recipe, seed)
+        resolved.append(f"run.name={folder.name}")
+        train = Job(folder.name, "launch/train.py", ("--recipe", str(scale.recipe), *resolved), folder / "DONE")
+        return Plan(row, seed, load_recipe(scale.recipe, resolved), (*jobs, train), folder)
+
+    def _run_folder(self, row: Row, recipe: Recipe, seed: int) -> Path:
+        """Return the folder that a row, maybe another table's, has given this recipe, or a new one's name."""
+        output = self._settings.output
+        values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run": True, "mask": {"store"}})
+        ending = f"{_digest(values | _precision(recipe), output)}-seed{seed}"
+        if ending not in self._folders:
+            there = sorted((output / "runs").glob(f"*-{ending}"))
+            name = f"{self._settings.table.key}-{row.key}-{ending}"
+            self._folders[ending] = there[0] if there else output / "runs" / name
+        return self._folders[ending]
+
+    def _resolve(self, overrides: Iterable[str], seed: int) -> tuple[list[str], list[Job]]:
+        """Replace words by what they stand for; list the jobs that have to be done for it."""
+        found, jobs = [], self._shards()
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if word := _WORD.match(text):
+                text, needed = self._look_up(word[1], word[2], seed)
+                jobs += [job for job in needed if job not in jobs]
+            found.append(f"{key}{equals}{text}")
+        return self._texts(found), jobs
+
+    def _look_up(self, word: str, of: str | None, seed: int) -> tuple[str, list[Job]]:
+        table, scale, _, _ = self._settings
+        if of is None:
+            return (scale.epochs[word], []) if word in scale.epochs else self._teacher(word)
+        assert word == "student", word
+        plan = self.row(table.row(of), seed)
+        assert plan.folder is not None, "a teacher is no student"
+        file = plan.folder / _STUDENT_FILE
+        arguments = ("--run", str(plan.folder), "--output", str(file))
+        export = Job(f"export {plan.folder.name}", "launch/export.py", arguments, file, on_ranks=False)
+        return f"{{source: file, weights: {file}, sharding: replicate}}", [*plan.jobs, export]
+
+    def _teacher(self, name: str) -> tuple[str, list[Job]]:
+        """Return a teacher's section as YAML, and the job that makes its file, where hdscale makes it."""
+        scale, folder = self._settings.scale, self._settings.output / "teachers"
+        section = scale.teachers[name]
+        jobs = []
+        for trained, training in scale.trained.items():
+            if f"/teachers/{trained}/" in section:
+                overrides = [*self._texts(training.overrides), f"run.root={folder}", f"run.name={trained}"]
+                arguments = ("--method", training.method, "--recipe", str(training.recipe), *overrides)
+                jobs.append(Job(trained, "launch/pretrain_teacher.py", arguments, folder / trained / "DONE"))
+        return section, jobs
+
+    def _shards(self) -> list[Job]:
+        scale, output = self._settings.scale, self._settings.output
+        if not scale.shards:
+            return []
+        arguments = (*scale.shards, "--output", str(output / "shards"))
+        marker = output / "shards.done"
+        return [Job("shards", "data_tools/make_shards.py", arguments, marker, on_ranks=False, marks=True)]
+
+    def _texts(self, overrides: Iterable[str]) -> list[str]:
+        return [override.replace(OUTPUT, str(self._settings.output)) for override in overrides]
+
+
+def _last_of_each(overrides: Sequence[str]) -> list[str]:
+    """Leave out what a later override of the same field replaces: a command line is for people to read."""
+    keys = [override.partition("=")[0] for override in overrides]
+    return [override for place, override in enumerate(overrides) if keys[place] not in keys[place + 1 :]]
+
+
+def _mask_digest(recipe: Recipe, output: Path) -> str:
+    mask = recipe.mask.model_dump(mode="json", exclude={"store", "source"})
+    teacher = None if recipe.relation_teacher is None else recipe.relation_teacher.model_dump(mode="json")
+    data = recipe.data.model_dump(mode="json")
+    return _digest({"mask": mask, "relation_teacher": teacher, "data": data, **_precision(recipe)}, output)
+
+
+def _precision(recipe: Recipe) -> dict[str, str]:
+    """Name the arithmetic that was asked for; `auto` is left out, so that folders keep the names they had."""
+    return {} if recipe.run.precision == "auto" else {"precision": recipe.run.precision}
+
+
+def _digest(values: dict[str, Any], output: Path) -> str:
+    text = json.dumps(values, sort_keys=True).replace(str(output), OUTPUT)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,1 @@
+"""How fast the loader is, and what ranks hold and send."""

@@ -1,0 +1,108 @@
+"""From run folders' contents to the rows of a summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from hdscale.distiller import load_student
+from hdscale.errors import UserError
+from hdscale.evaluation.measure import Subject, teacher_subject
+from hdscale.student.build import build_student
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from hdscale.config.recipe import Recipe, TeacherConfig
+
+_SHARED_FIELDS = (
+    ("data", "shards"),
+    ("data", "split"),
+    ("data", "img_size"),
+    ("evaluation", "split"),
+    ("evaluation", "neighbors"),
+    ("evaluation", "attention_images"),
+)
+"""What must be equal for two runs to stand in one table."""
+
+
+class TrainedRun(NamedTuple):
+    """What a run folder says about its student."""
+
+    folder: Path
+    recipe: Recipe
+    weights: Mapping[str, Tensor]  # of the newest checkpoint
+    step: int  # of that checkpoint
+    images_per_second: float | None  # of training, over all ranks
+
+
+def student_name(run: TrainedRun) -> str:
+    """Name a run's student after its folder."""
+    return f"student {run.folder.name}"
+
+
+def student_subject(run: TrainedRun) -> Subject:
+    """Rebuild a run's student."""
+    student = load_student(run.recipe.student, run.recipe.data.img_size, run.weights)
+    return Subject(student_name(run), "student", student, run.images_per_second)
+
+
+def summary_subjects(runs: Sequence[TrainedRun]) -> list[Subject]:
+    """List pixels, the first run's untrained student, every teacher once, and all students.
+
+    Raises:
+        UserError: the runs cannot be compared, or a teacher cannot be built.
+    """
+    _check_comparable(runs)
+    first = runs[0].recipe
+    untrained = build_student(first.student, first.data.img_size, seed=first.run.seed)
+    students = [student_subject(run) for run in runs]
+    teachers: dict[tuple[TeacherConfig, int], Subject] = {}
+    for run, student in zip(runs, students, strict=True):
+        assert student.model is not None
+        grid_size = student.model.grid_size
+        for field in ("relation_teacher", "feature_teacher"):
+            config: TeacherConfig | None = getattr(run.recipe, field)
+            if config is None:
+                continue
+            config = config.model_copy(update={"sharding": "replicate"})  # says how it runs, not what it is
+            if (config, grid_size) not in teachers:
+                teachers[config, grid_size] = teacher_subject(config, grid_size, field)
+    return [
+        Subject("raw pixels", "baseline", None),
+        Subject("random student", "baseline", untrained.eval()),
+        *_with_distinct_names(teachers),
+        *students,
+    ]
+
+
+def _with_distinct_names(teachers: Mapping[tuple[TeacherConfig, int], Subject]) -> list[Subject]:
+    """Append to names that teachers share what tells them apart: the file's folder, its path, or else a number."""
+    names = [subject.name for subject in teachers.values()]
+    subjects = []
+    for subject in teachers.values():
+        alike = [other.weights for (other, _), name in zip(teachers, names, strict=True) if name == subject.name]
+        place = names[: len(subjects)].count(subject.name)  # among those alike
+        folders = [Path(weights).parent.name for weights in alike]
+        numbers = [str(number) for number in range(1, len(alike) + 1)]
+        details = next(each for each in (folders, alike, numbers) if len(set(each) - {""}) == len(each))
+        subjects.append(subject if len(alike) == 1 else subject._replace(name=f"{subject.name} ({details[place]})"))
+    return subjects
+
+
+def _check_comparable(runs: Sequence[TrainedRun]) -> None:
+    first = runs[0]
+    names = [run.folder.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--run: {name} is there {names.count(name)} times, students are told apart by folder name")
+    for run in runs[1:]:
+        for section, name in _SHARED_FIELDS:
+            here, there = (getattr(getattr(r.recipe, section), name) for r in (first, run))
+            if here != there:
+                raise UserError(
+                    f"--run {run.folder}: {section}.{name} is {there}, but {here} in {first.folder}: one table needs "
+                    "equal data and evaluation; run the summary for each alone"
+                )

@@ -1,0 +1,158 @@
+"""What gets measured: pixels, an untrained student, teachers, trained students."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
+
+from hdscale.analysis.curves import AttentionCurves, attention_curves
+from hdscale.evaluation.knn import Features, extract_features, knn_accuracy, pooled, raw_pixels
+from hdscale.progress import Progress
+from hdscale.teachers.build import build_teacher
+from hdscale.teachers.files import load_teacher_file
+from hdscale.vit.build import weight_dtype
+from hdscale.vit.encoder import ViTEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from hdscale.config.recipe import EvaluationConfig, TeacherConfig
+    from hdscale.evaluation.accuracy import Accuracy
+    from hdscale.evaluation.held_out import HeldOut
+    from hdscale.student.build import Student
+    from hdscale.student.decoder import TransformerDecoder
+    from hdscale.teachers.build import FrozenTeacher
+    from hdscale.types import ViTOutput
+
+Role = Literal["baseline", "teacher", "student"]
+
+_METHODS = {"mae": "MAE", "supervised": "supervised"}
+"""How the summary calls a teacher file's `kind`."""
+
+
+class Subject(NamedTuple):
+    """One row of the summary, before it is measured."""
+
+    name: str
+    role: Role
+    model: Student | FrozenTeacher | None  # None: raw pixels
+    images_per_second: float | None = None  # of its training
+
+
+class Row(NamedTuple):
+    """One row of the summary."""
+
+    name: str
+    role: Role
+    knn: Accuracy
+    curves: AttentionCurves | None  # of every layer; None without attention
+    images_per_second: float | None
+
+
+def teacher_subject(config: TeacherConfig, grid_size: int, field: str) -> Subject:
+    """Build a teacher whole, on the student's grid, named after how it was trained."""
+    if config.source == "file":
+        kind = load_teacher_file(config.weights, f"{field}.weights").kind
+        name = f"{_METHODS.get(kind, kind)} teacher"
+    else:
+        name = f"teacher {config.name} ({config.weights})"
+    return Subject(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))
+
+
+def held_out_features(subject: Subject, held_out: HeldOut, device: torch.device, stream: TextIO | None) -> Features:
+    """Take mean-pooled patch tokens, or pixels, of both sides.
+
+    Args:
+        subject: moved to the device.
+        held_out: both sides.
+        device: where the model runs.
+        stream: where to show progress.
+    """
+    model = None if subject.model is None else subject.model.to(device).eval()
+
+    def encode(images: Tensor) -> Tensor:
+        if model is None:
+            return raw_pixels(images)
+        tokens = model(images.to(device)).patch_tokens
+        assert tokens is not None
+        return pooled(tokens)
+
+    with Progress(f"features, {subject.name}", held_out.num_train + held_out.num_val, "images", stream) as progress:
+        train = extract_features(encode, held_out.train, progress)
+        val = extract_features(encode, held_out.val, progress)
+    return Features(*train, *val)
+
+
+def measure_attention(
+    subject: Subject, held_out: HeldOut, num_images: int, device: torch.device
+) -> AttentionCurves | None:
+    """Compute head distance and NMI of every layer over held-out images; None without attention.
+
+    Distances are in pixels of the view, whatever size a teacher is fed: teachers have their student's grid.
+
+    Args:
+        subject: moved to the device.
+        held_out: its held-out side is used.
+        num_images: how many.
+        device: where the model runs.
+    """
+    model = subject.model
+    if model is None:
+        return None
+    model.to(device).eval()
+    # Around the same blocks: features need no Q and K, attention needs no final norm.
+    encoder = ViTEncoder(model.encoder.model, relation_layers=range(model.depth), final=None, tokens="full").eval()
+
+    def encode(images: Tensor) -> ViTOutput:
+        return encoder(model.preprocess(images.to(device), weight_dtype(encoder.model)))
+
+    return _curves(encode, model, held_out, num_images)
+
+
+def measure_decoder_attention(
+    student: Student, decoder: TransformerDecoder, held_out: HeldOut, num_images: int, device: torch.device
+) -> AttentionCurves:
+    """Compute head distance and NMI of every layer of a student's decoder (Figures 2(b) and 3(a)); no patch is masked.
+
+    Args:
+        student: moved to the device, as the next.
+        decoder: it was trained with.
+        held_out: its held-out side is used.
+        num_images: how many.
+        device: where the models run.
+    """
+    student.to(device).eval()
+    decoder.to(device).eval()
+
+    def encode(images: Tensor) -> ViTOutput:
+        output = student(images.to(device))
+        assert output.prefix_tokens is not None
+        assert output.patch_tokens is not None
+        queries, keys = decoder.queries_and_keys(output.prefix_tokens, output.patch_tokens)
+        return output._replace(queries=queries, keys=keys, attention_bias=None)
+
+    return _curves(encode, student, held_out, num_images)
+
+
+def _curves(
+    encode: Callable[[Tensor], ViTOutput], model: Student | FrozenTeacher, held_out: HeldOut, num_images: int
+) -> AttentionCurves:
+    return attention_curves(
+        encode,
+        held_out.val,
+        num_images=num_images,
+        num_prefix_tokens=model.num_prefix_tokens,
+        grid_size=model.grid_size,
+        patch_size=held_out.img_size // model.grid_size,
+    )
+
+
+def measure(
+    subject: Subject, held_out: HeldOut, evaluation: EvaluationConfig, device: torch.device, stream: TextIO | None
+) -> Row:
+    """Fill one row of the summary; see `held_out_features` and `measure_attention`."""
+    knn = knn_accuracy(*held_out_features(subject, held_out, device, stream), evaluation.neighbors)
+    curves = measure_attention(subject, held_out, evaluation.attention_images, device)
+    return Row(subject.name, subject.role, knn, curves, subject.images_per_second)

@@ -1,0 +1,1 @@
+"""Making, indexing and verifying shards."""

@@ -1,0 +1,72 @@
+"""Train a teacher: a masked autoencoder or a supervised classifier, in the same loop as the student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TextIO
+
+from hdscale.cli import EXIT_DONE
+from hdscale.engine.ranks import distributed
+from hdscale.errors import UserError
+from hdscale.export import export_student
+from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
+from hdscale.runs.checkpoint import require_checkpoint
+from hdscale.runs.folder import mark_done
+from hdscale.shards.labels import require_labels
+from hdscale.student.build import build_student
+from hdscale.training.run import identify, plan_run, start_engine, train_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
+
+    from hdscale.config.recipe import Recipe
+    from hdscale.types import Batch
+
+ENCODER_FILE = "encoder.safetensors"
+"""In the run folder: what a recipe's teacher section names as `weights`."""
+
+
+def pretrain(
+    recipe: Recipe,
+    method: str,
+    ds_config: Mapping[str, Any],
+    *,
+    allow_change: Sequence[str] = (),
+    stream: TextIO | None = None,
+) -> int:
+    """Train the recipe's `student` architecture as a teacher; return the exit code.
+
+    Args:
+        recipe: `student`, `data`, `optim`, `schedule` and `pretrain` count.
+        method: `mae` (75 % of the patches hidden, decoder thrown away) or `supervised`.
+        ds_config: checked DeepSpeed config.
+        allow_change: what may differ from the run's earlier start.
+        stream: where the first rank shows progress.
+    """
+    run = identify(plan_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
+    if method == "supervised":
+        require_labels(run.shards, "--method supervised")
+    module, prepare = _build(recipe, method, len(run.shards.classes))
+    with distributed() as ranks:
+        engine = start_engine(run, module, ranks)
+        code = train_run(run, engine, ranks, prepare, stream=stream)
+        if code == EXIT_DONE and ranks.is_first:
+            state = require_checkpoint(run.folder).module_state()
+            export_student(state, recipe.student, recipe.data.img_size, run.folder / ENCODER_FILE, kind=method)
+            mark_done(run.folder, done=True)
+    return code
+
+
+def _build(recipe: Recipe, method: str, num_classes: int) -> tuple[nn.Module, Callable[[Batch], tuple[Any, ...]]]:
+    seed = recipe.run.seed
+    if recipe.student.mask_tokens == "encoder":
+        raise UserError(f"student.mask_tokens must be none for method {method}, got encoder: it has masks of its own")
+    encoder = build_student(recipe.student, recipe.data.img_size, seed=seed)
+    if method == "supervised":
+        classifier = SupervisedClassifier(encoder, num_classes, recipe.pretrain, seed=seed)
+        return classifier, lambda batch: (batch.images, batch.labels)
+    num_patches = encoder.grid_size**2
+    autoencoder = MaskedAutoencoder(encoder, recipe.pretrain, seed=seed)
+    ratio = recipe.pretrain.mask_ratio
+    return autoencoder, lambda batch: (batch.images, mae_keep_indices(batch, num_patches, ratio, seed))

@@ -1,0 +1,71 @@
+"""Fixtures of shards: all digits, damaged copies, and writing any source."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hdscale.config.recipe import DataConfig
+from hdscale.data.index import open_shards
+from hdscale.shards.sources.image_folder import Digits
+from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.writer import SplitJob, write_split
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory):
+    """All digits in 18 shards of 100, the last one smaller; read only."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_source(Digits(), folder, PlanSettings(samples_per_shard=100))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(digit_folder):
+    return open_shards(digit_folder, "train")
+
+
+@pytest.fixture
+def damaged(digit_folder, tmp_path):
+    """Open a copy of the digits and spoil some samples then, as happens while training runs."""
+
+    def spoil(sample_ids):
+        shards = open_shards(shutil.copytree(digit_folder, tmp_path / "shards"), "train")
+        for sample_id in sample_ids:
+            record = shards.index[sample_id]
+            with (shards.folder / shards.manifest.shards[record["shard"]].name).open("r+b") as file:
+                file.seek(int(record["offset"]) + 40)
+                file.write(b"damage")
+        return shards
+
+    return spoil
+
+
+@pytest.fixture
+def view_config():
+    return DataConfig(img_size=8, workers=0, window_shards=4)
+
+
+def write_source(source, folder: Path, settings: PlanSettings, workers=0, listing=None):
+    """Write all splits of a source; return their manifests."""
+    listing = listing or source.listing()
+    manifests = []
+    for split, rows in plan_splits(listing, settings).items():
+        job = SplitJob(
+            source=source,
+            output=folder,
+            split=split,
+            classes=listing.classes,
+            names=[listing.names[row] for row in rows],
+            labels=listing.labels[rows],
+            samples_per_shard=settings.samples_per_shard,
+            made_by={"listing": listing.digest(), **settings._asdict()},
+        )
+        manifests.append(write_split(job, workers, lambda count: None))
+    return manifests
+
+
+@pytest.fixture
+def write():
+    """`write_source`, for test files that cannot import from here."""
+    return write_source
