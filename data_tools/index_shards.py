@@ -15,13 +15,14 @@ import os
 import sys
 from pathlib import Path
 
-from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
+from hdscale.cli import EXIT_DONE, EXIT_STOPPED, check_workers, run
 from hdscale.data.manifest import Manifest
 from hdscale.hashing import json_digest
 from hdscale.progress import Progress
 from hdscale.shards.indexer import IndexJob, index_split, tar_names
-from hdscale.shards.labels import label_rule, read_classes
-from hdscale.shards.split import PlanSettings, check_settings, check_workers
+from hdscale.shards.labels import label_rule
+from hdscale.shards.sources.classes import read_classes
+from hdscale.shards.split import PlanSettings, check_settings
 
 _NAMED_SKIPS = 10
 

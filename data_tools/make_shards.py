@@ -18,23 +18,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
+from hdscale.cli import EXIT_DONE, EXIT_STOPPED, check_workers, run
 from hdscale.errors import UserError
 from hdscale.progress import Progress
 from hdscale.shards.sources.classes import read_class_list
 from hdscale.shards.sources.csv_list import CsvList
-from hdscale.shards.sources.image_folder import Digits, ImageFolder
+from hdscale.shards.sources.digits import Digits
+from hdscale.shards.sources.image_folder import ImageFolder
 from hdscale.shards.sources.packed_names import PackedNames
 from hdscale.shards.sources.stored_picture import DEFAULT_QUALITY, Resize
 from hdscale.shards.sources.synset_tars import SynsetTars
-from hdscale.shards.split import Part, PlanSettings, check_settings, check_workers, parse_part, plan_splits
+from hdscale.shards.split import Part, PlanSettings, check_settings, parse_part, plan_splits
 from hdscale.shards.writer import SplitJob, finish_split, part_samples, write_part, write_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hdscale.data.manifest import Manifest
-    from hdscale.shards.sources.image_folder import Listing, Source
+    from hdscale.shards.sources.base import Listing, Source
 
 _NAMED_SKIPS = 10
 

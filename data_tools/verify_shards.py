@@ -14,10 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
+from hdscale.cli import EXIT_DONE, EXIT_STOPPED, check_workers, run
 from hdscale.data.manifest import read_manifest
 from hdscale.progress import Progress
-from hdscale.shards.split import check_workers
 from hdscale.shards.verifier import check_split
 
 EXIT_BAD = 1

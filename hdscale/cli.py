@@ -66,3 +66,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 def _among_ranks() -> bool:
     distributed = sys.modules.get("torch.distributed")  # not imported: this module is for light commands, too
     return distributed is not None and distributed.is_initialized()
+
+
+def check_workers(workers: int) -> None:
+    """Raise a UserError for a number of processes that cannot be."""
+    if workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}: leave it out for one a core")

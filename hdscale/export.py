@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hdscale.distiller import load_student
 from hdscale.errors import UserError
 from hdscale.student.build import STATE_PREFIX, student_arch
+from hdscale.student.load import load_student
 from hdscale.teachers.files import save_teacher_file
 from hdscale.vit.beit import to_beit
 

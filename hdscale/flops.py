@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from hdscale.config.recipe import masks_are_online
+from hdscale.masking.progressive import expected_num_keep, patches_by_block
+from hdscale.teachers.build import mask_stages
+from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock, is_plain
+
+if TYPE_CHECKING:
+    from hdscale.config.recipe import Recipe
+    from hdscale.distiller import Distiller
+    from hdscale.student.build import Student
+    from hdscale.teachers.build import FrozenTeacher, Teachers
 
 
 class ViTSizes(NamedTuple):
@@ -263,3 +275,54 @@ def _mlp_widths(embed_dim: int, mlp_ratio: float) -> int:
 
 def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:
     return 2 * num_tokens**2 * vit.embed_dim
+
+
+def _flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> int:
+    student, mask = distiller.student, recipe.mask
+    patches = student.grid_size**2
+    depth = teachers.relation.depth if teachers.relation is not None else 0
+    is_projected = recipe.feature_teacher is not None and recipe.feature_teacher.target == "projected"
+    decoder = None
+    if distiller.decoder is not None:
+        decoder = DecoderSizes(len(distiller.decoder.blocks), distiller.decoder.decoder_dim)
+    head = HeadSizes(
+        recipe.loss.features_on,
+        recipe.student.mask_tokens,
+        linear=recipe.student.decoder != "identity",
+        decoder=decoder,
+    )
+    mask_blocks = 0
+    if masks_are_online(mask):
+        stages = mask_stages(mask, depth)
+        mask_blocks = stages.layers[-1] + (stages.at == "output")
+    return hybrid_step_flops(
+        _sizes(student),
+        None if teachers.feature is None else _sizes(teachers.feature),
+        None if teachers.relation is None else _sizes(teachers.relation),
+        expected_num_keep(mask, patches, depth),
+        recipe.relation.layers,
+        mask_blocks,
+        head=head,
+        projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
+        relation_target=recipe.relation.target,
+        block_patches=patches_by_block(mask, patches, depth),
+    )
+
+
+def _sizes(model: Student | FrozenTeacher) -> ViTSizes:
+    blocks = model.encoder.model.blocks
+    mlp = getattr(blocks[0], "mlp", None)  # a teacher of first-block relations has none left
+    weights = 0 if mlp is None else sum(layer.in_features * layer.out_features for layer in _linears(mlp))
+    return ViTSizes(
+        model.depth,
+        model.embed_dim,
+        model.grid_size**2,
+        model.patch_size,
+        model.num_prefix_tokens,
+        weights / (2 * model.embed_dim**2),
+        is_plain=is_plain(blocks[-1]) or isinstance(blocks[-1], KeptQueryBlock | QueryKeyBlock),
+    )
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]

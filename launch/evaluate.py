@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from hdscale.ablation.measuring import read_run
 from hdscale.cli import EXIT_DONE, run
 from hdscale.errors import UserError
-from hdscale.evaluation.candidates import TrainedRun, student_name, student_subject, summary_subjects
+from hdscale.evaluation.candidates import student_name, student_subject, summary_subjects
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
 from hdscale.evaluation.measure import held_out_features, measure
 from hdscale.evaluation.summary import curve_scalars, render_knn, render_probe, render_summary, summary_json
 from hdscale.runs.metrics import write_curves
+from hdscale.runs.trained import TrainedRun, read_run
 
 
 def main(argv: list[str]) -> int:

@@ -26,8 +26,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
 
+    from hdscale.cluster.hostfile import read_hostfile
     from hdscale.preflight import bandwidth, hosts
     from hdscale.preflight.machine import Question, machine_facts
+    from hdscale.preflight.table import render
 
     if options.all_reduce:
         from hdscale.engine.ranks import distributed
@@ -48,10 +50,10 @@ def main(argv: list[str]) -> int:
         facts = machine_facts(question)
         columns, num_ranks = {hosts.HERE: facts.checks}, len(facts.devices)
     else:
-        machines = hosts.read_hostfile(options.hostfile)
+        machines = read_hostfile(options.hostfile)
         columns = hosts.check_hosts(machines, question, script, os.environ)
         num_ranks = sum(machine.slots for machine in machines)
-    print(hosts.render(columns), flush=True)
+    print(render(columns), flush=True)
     if any(check.ok is False for checks in columns.values() for check in checks):
         return EXIT_USER_ERROR
     if num_ranks < 2:

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
-from hdscale.distiller import build_distiller, check_heads, load_decoder, load_student, relations_include_cls
+from hdscale.distiller import build_distiller, check_heads, relations_include_cls
 from hdscale.errors import UserError
+from hdscale.student.load import load_decoder, load_student
 from hdscale.types import Targets
 
 STUDENT = StudentConfig(

@@ -5,9 +5,9 @@ import torch
 
 from hdscale.config.recipe import Recipe
 from hdscale.distiller import build_distiller
-from hdscale.flops import count_flops
+from hdscale.flops import _flops_per_image, count_flops
+from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.training.distill import _flops_per_image, build_teachers
 from hdscale.types import Batch
 
 GRID = 4

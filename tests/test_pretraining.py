@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from hdscale.config.recipe import PretrainConfig, StudentConfig
-from hdscale.distiller import load_student
 from hdscale.errors import UserError
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices, normalized_patches
 from hdscale.student.build import build_student
+from hdscale.student.load import load_student
 from hdscale.types import Batch
 
 STUDENT = StudentConfig(

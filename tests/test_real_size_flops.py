@@ -11,8 +11,8 @@ import hdscale.teachers.build
 from hdscale.config.loading import load_recipe
 from hdscale.distiller import Distiller, build_distiller
 from hdscale.flops import ViTSizes, count_flops, hybrid_step_flops, student_step_flops, vit_forward_flops
+from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.training.distill import build_teachers
 from hdscale.types import Batch, Targets
 
 RECIPE = Path(__file__).resolve().parents[1] / "launch/recipes/vit_l_in21k.yaml"

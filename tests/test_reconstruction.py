@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig
-from hdscale.distiller import build_distiller, load_student
+from hdscale.distiller import build_distiller
 from hdscale.losses import token_relation
+from hdscale.student.load import load_student
 from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch, Targets, ViTOutput
 from hdscale.vit.tokens import other_indices

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from hdscale.analysis.curves import AttentionCurves
-from hdscale.config.loading import load_run_recipe
-from hdscale.distiller import load_decoder
 from hdscale.evaluation.accuracy import Accuracy
-from hdscale.evaluation.candidates import TrainedRun, student_subject
+from hdscale.evaluation.candidates import student_subject, teacher_subject
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
-from hdscale.evaluation.measure import (
-    held_out_features,
-    measure_attention,
-    measure_decoder_attention,
-    teacher_subject,
-)
-from hdscale.runs.checkpoint import require_checkpoint
+from hdscale.evaluation.measure import held_out_features, measure_attention, measure_decoder_attention
 from hdscale.runs.metrics import read_metrics
+from hdscale.runs.trained import read_run
 from hdscale.staging import staged
 from hdscale.student.build import Student, student_grid_size
+from hdscale.student.load import load_decoder
 
 if TYPE_CHECKING:
     import torch
 
     from hdscale.ablation.jobs import Plan
-    from hdscale.evaluation.measure import Subject
+    from hdscale.evaluation.candidates import Subject
 
 _FORMAT = 2
 _PARTS = ("knn", "probe", "curves", "decoder_curves")
@@ -46,15 +39,6 @@ class Measures(NamedTuple):
     gflops: float | None  # of a training step an image, teachers included; None: nothing was trained
     images_per_second: float | None  # of training, over all ranks: median of the logged steps
     environment: dict[str, Any] | None  # what the run wrote down
-
-
-def read_run(folder: Path) -> TrainedRun:
-    """Read a run folder's recipe, newest checkpoint and speed."""
-    recipe, checkpoint = load_run_recipe(folder), require_checkpoint(folder)
-    rates = [line["images_per_second"] for line in read_metrics(folder)]
-    return TrainedRun(
-        folder, recipe, checkpoint.module_state(), checkpoint.step, statistics.median(rates) if rates else None
-    )
 
 
 def measure_plan(

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import psutil
 
 from hdscale.ablation.scales import ROOT
+from hdscale.cluster.launcher import _deepspeed, _free_port
 from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
 
@@ -236,21 +236,6 @@ def _interrupted_by(*numbers: signal.Signals) -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _deepspeed() -> str:
-    beside = Path(sys.executable).parent / "deepspeed"
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise UserError("the command deepspeed is not installed: pip install -r requirements.txt")
-    return found
-
-
-def _free_port() -> int:
-    """Two launches on one machine must not meet at the launcher's default port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _reason(log: Path, code: int) -> str:

@@ -6,27 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from hdscale.benchmarks import memory_formulas as formulas
 from hdscale.benchmarks.memory_formulas import Gathering, Tokens
+from hdscale.engine.zero_internals import elements_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from hdscale.engine.zero import Engine
     from hdscale.training.distill import Session
-
-
-def optimizer_groups(engine: Engine) -> list[list[int]]:
-    """Elements of each trained parameter, by group of the optimizer."""
-    zero = engine.optimizer
-    if hasattr(zero, "fp16_groups"):  # ZeRO-3: sub-groups
-        groups: dict[int, list[int]] = {}
-        for number, sub_group in enumerate(zero.fp16_groups):
-            groups.setdefault(zero.sub_group_to_group_id[number], []).extend(map(elements_of, sub_group))
-        return list(groups.values())
-    if hasattr(zero, "bit16_groups"):  # ZeRO-2
-        return [list(map(elements_of, group)) for group in zero.round_robin_bit16_groups]  # in the order of parts
-    return [list(map(elements_of, group["params"])) for group in zero.param_groups]
 
 
 def teacher_counts(session: Session) -> list[tuple[list[int], Any]]:
@@ -86,11 +73,6 @@ def gathering_of(ds_config: Mapping[str, Any]) -> Gathering:
 def teacher_gathering_of(ds_config: Mapping[str, Any]) -> Gathering:
     """Without reuse: a pass without gradients uses each parameter once."""
     return gathering_of(ds_config)._replace(max_reuse_distance=0)
-
-
-def elements_of(parameter: Any) -> int:
-    """Count a parameter's elements, whole ones where it is sharded."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def precision_of(name: str) -> Any:

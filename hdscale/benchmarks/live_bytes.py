@@ -10,54 +10,16 @@ from typing import TYPE_CHECKING, Any
 import deepspeed.comm.comm as deepspeed_comm
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hdscale.engine.zero_internals import storage_bytes
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from hdscale.engine.zero import Engine
-
-
-def held_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes of a student's parameters, gradients, optimizer state and gathered parameters; before `step`, that is."""
-    zero, parameters = engine.optimizer, list(engine.module.parameters())
-    gathered = 0
-    if hasattr(zero, "fp16_groups"):
-        own = [parameter.ds_tensor for parameter in parameters]
-        gathered = storage_bytes(parameter.data for parameter in parameters)
-        gradients, masters, states = (
-            [zero.grad_partitions_flat_buffer],
-            zero.fp32_partitioned_groups_flat,
-            zero.optimizer,
-        )
-    elif hasattr(zero, "bit16_groups"):
-        own, masters, states = parameters, zero.single_partition_of_fp32_groups, zero.optimizer
-        gradients = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
-    else:
-        own, masters, states = parameters, [], zero
-        gradients = [parameter.grad for parameter in parameters]
-    moments = [value for state in states.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return {
-        "parameters": storage_bytes(own),
-        "gradients": storage_bytes(gradients),
-        "optimizer": storage_bytes([*masters, *moments]),
-        "gathered": gathered,
-    }
-
-
-def parameter_bytes(module: nn.Module) -> int:
-    """Bytes that a rank holds of a possibly sharded module's parameters: shards, and what is whole."""
-    parameters: list[Any] = list(module.parameters())
-    shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
-    return storage_bytes([*shards, *(parameter.data for parameter in parameters)])
-
-
-def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the tensors' memory, each storage once."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None and tensor.numel()]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    from hdscale.engine.zero_internals import Engine
 
 
 class LiveBytes(TorchDispatchMode):

@@ -14,21 +14,20 @@ from torch.utils._pytree import tree_leaves
 from hdscale.benchmarks import memory_formulas as formulas
 from hdscale.benchmarks.formula_inputs import (
     gathering_of,
-    optimizer_groups,
     precision_of,
     teacher_counts,
     teacher_formula,
     teacher_gathering_of,
     tokens_of,
 )
-from hdscale.benchmarks.live_bytes import LiveBytes, held_bytes, label_gathers, most_in_buckets, parameter_bytes
+from hdscale.benchmarks.live_bytes import LiveBytes, label_gathers, most_in_buckets
 from hdscale.benchmarks.memory_formulas import Tokens
 from hdscale.benchmarks.resident_memory import return_freed_memory
 from hdscale.config.deepspeed import with_zero
 from hdscale.engine.collectives import Operation, watch_collectives
 from hdscale.engine.ranks import distributed
-from hdscale.training.loop import seed_everything, to_device
-from hdscale.training.run import run_loader
+from hdscale.engine.zero_internals import held_bytes, optimizer_groups, parameter_bytes
+from hdscale.training.loop import run_loader, seed_everything, to_device
 from hdscale.training.smoke import generated_session
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import Recipe
     from hdscale.engine.collectives import Traffic
-    from hdscale.engine.zero import Engine
+    from hdscale.engine.zero_internals import Engine
     from hdscale.training.distill import Session
 
 _STEPS = 3

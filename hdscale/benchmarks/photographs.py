@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hdscale.hashing import hash_int, uniform_int
-from hdscale.shards.sources.image_folder import Listing
+from hdscale.shards.sources.base import Listing
 from hdscale.shards.sources.stored_picture import Picture
 from hdscale.shards.split import PlanSettings
 from hdscale.shards.writer import SplitJob, write_split

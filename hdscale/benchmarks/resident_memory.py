@@ -14,7 +14,6 @@ import torch.distributed as dist
 from hdscale.benchmarks import memory_formulas as formulas
 from hdscale.benchmarks.formula_inputs import (
     gathering_of,
-    optimizer_groups,
     precision_of,
     teacher_counts,
     teacher_formula,
@@ -23,8 +22,8 @@ from hdscale.benchmarks.formula_inputs import (
 )
 from hdscale.config.deepspeed import with_zero
 from hdscale.engine.ranks import distributed
-from hdscale.training.loop import to_device
-from hdscale.training.run import run_loader
+from hdscale.engine.zero_internals import optimizer_groups
+from hdscale.training.loop import run_loader, to_device
 from hdscale.training.smoke import generated_session
 
 if TYPE_CHECKING:

@@ -11,6 +11,9 @@ import base64
 import binascii
 import json
 import os
+import shutil
+import socket
+import sys
 from pathlib import Path
 
 from hdscale.errors import UserError
@@ -96,3 +99,29 @@ def _hostfile_argument(arguments: list[str]) -> str | None:
         if word.endswith(".py"):
             break
     return None
+
+
+def find_own_tools() -> None:
+    """Put this Python's folder on the PATH: DeepSpeed looks for ninja there.
+
+    A process that was started over SSH has not activated its virtual environment; it would find no ninja, or the
+    system's, whose log differs, so that the same ops are compiled again and again.
+    """
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+
+
+def _deepspeed() -> str:
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise UserError("the command deepspeed is not installed: pip install -r requirements.txt")
+    return found
+
+
+def _free_port() -> int:
+    """Two launches on one machine must not meet at the launcher's default port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -412,3 +412,8 @@ class Recipe(Section):
             what = "student.mask_tokens decoder" if tokens == "decoder" else f"loss.features_on {patches}"
             raise ValueError(f"{what} needs a feature_teacher: its features are what is predicted")
         return self
+
+
+def masks_are_online(mask: MaskConfig) -> bool:
+    """Tell whether the relation teacher chooses tokens in the step."""
+    return mask.by_teacher and mask.source == "online"

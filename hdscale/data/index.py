@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
 import zlib
@@ -15,6 +14,7 @@ import numpy as np
 from hdscale.data.manifest import Manifest, index_path, read_manifest
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
+from hdscale.hashing import file_digest
 from hdscale.staging import staged
 
 if TYPE_CHECKING:
@@ -46,15 +46,6 @@ def write_index(folder: Path, split: str, index: np.ndarray) -> str:
     with staged(path) as temporary, temporary.open("wb") as file:
         np.save(file, index, allow_pickle=False)
     return file_digest(path)
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def open_shards(folder: Path, split: str) -> ShardSet:
@@ -205,3 +196,17 @@ class ShardSet:
 
     def __del__(self) -> None:
         self.close()
+
+
+UNLABELLED = -1
+
+
+def require_labels(shards: ShardSet, purpose: str) -> None:
+    """Raise a UserError unless all samples of a split have a label; `purpose` says what needs them."""
+    count = int((shards.index["label"] == UNLABELLED).sum())
+    if count:
+        raise UserError(
+            f"{purpose} needs labels, but {count} of {shards.num_samples} samples of split {shards.split} in "
+            f"{shards.folder} have none: index them again with data_tools/index_shards.py --labels cls or json:FIELD, "
+            "which leaves such samples out"
+        )

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hdscale.data.decode import INTERPOLATION, decoder_version
 from hdscale.data.order import positions_of, samples_at
 from hdscale.data.samples import EVAL_VIEW, load_batch, too_many_bad
-from hdscale.data.views import VIEW_ALGORITHM, view_number
+from hdscale.data.views import view_number
 from hdscale.errors import UserError
 from hdscale.types import Batch
 
@@ -148,23 +147,6 @@ class SequentialLoader:
             yield batch
         if bad:
             _logger.warning("%s: %d samples were bad, others were shown in their place", self._shards.folder, len(bad))
-
-
-def view_fingerprint(config: DataConfig, seed: int) -> dict[str, object]:
-    """Name everything that decides a view's pixels, for stores that were made from views.
-
-    The number of views is left out: view 0 of two is view 0 of four.
-    """
-    return {
-        "seed": seed,
-        "img_size": config.img_size,
-        "crop_scale": list(config.crop_scale),
-        "crop_ratio": list(config.crop_ratio),
-        "hflip": config.hflip,
-        "interpolation": INTERPOLATION,
-        "view_algorithm": VIEW_ALGORITHM,
-        "decoder": decoder_version(),
-    }
 
 
 class _TrainPositions:

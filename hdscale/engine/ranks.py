@@ -17,13 +17,13 @@ from deepspeed.utils.logging import set_log_level_from_string
 
 from hdscale.cluster.arrival import meeting
 from hdscale.cluster.device import quick_check
+from hdscale.cluster.launcher import find_own_tools
 from hdscale.errors import UserError
-from hdscale.preflight.machine import find_own_tools
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hdscale.cluster.arrival import Rendezvous
+    from hdscale.cluster.rendezvous import Rendezvous
 
 _PR_SET_PDEATHSIG = 1
 

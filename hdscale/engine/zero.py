@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from hdscale.engine.ranks import DTYPES
-from hdscale.engine.zero_internals import let_go_of_gathered
+from hdscale.engine.zero_internals import _create_moments, _inner, let_go_of_gathered
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import OptimConfig
     from hdscale.engine.ranks import Ranks
+    from hdscale.engine.zero_internals import Engine
 
-Engine: TypeAlias = Any
-"""A `deepspeed.DeepSpeedEngine`: it gets its attributes at run time, where a type checker does not see them."""
 
 _TOKEN_PARAMETERS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
@@ -172,22 +171,6 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def held_elements(module: nn.Module) -> int:
-    """Count the parameter elements that this rank holds now, sharded or whole."""
-    inner = _inner(module)
-    count = 0
-    for parameter in inner.parameters():
-        share = getattr(parameter, "ds_tensor", None)
-        count += parameter.numel() + (share.numel() if share is not None and parameter.numel() == 0 else 0)
-    return count
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
 def checkpoint_function(ds_config: Mapping[str, Any]) -> Callable[..., Any] | None:
     """Return DeepSpeed's activation checkpointing when the config has such a section, else None (torch's own).
 
@@ -216,27 +199,6 @@ def configure_checkpointing(ds_config: Mapping[str, Any], world_size: int) -> No
     if section := ds_config.get("activation_checkpointing"):
         config = {"train_batch_size": world_size, "activation_checkpointing": section}
         deepspeed.checkpointing.configure(None, deepspeed_config=config)
-
-
-def _create_moments(engine: Engine) -> None:
-    """Create AdamW's state now instead of at its first step.
-
-    A checkpoint can then be restored before that step; and ZeRO-2 links each parameter to its moments once, inside the
-    first group's first step, when the second group has none yet: with two groups, the public getters fail from then on.
-    """
-    zero = engine.optimizer
-    if engine.zero_optimization_stage() == 0:  # only ever measured: nothing is sharded, nothing restored
-        return
-    is_stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    on_cpu_adam = isinstance(zero.optimizer, DeepSpeedCPUAdam)
-    for flat in zero.fp32_partitioned_groups_flat if is_stage3 else zero.single_partition_of_fp32_groups:
-        zero.optimizer.state[flat] = {
-            "step": 0 if on_cpu_adam else torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
-    if not is_stage3:
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _precision_section(precision: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hdscale.runs.checkpoint import BUFFER, MOMENTS, WEIGHT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hdscale.engine.zero import Engine
+    from hdscale.engine.zero_internals import Engine
     from hdscale.runs.checkpoint import Checkpoint
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

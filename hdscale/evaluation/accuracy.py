@@ -18,3 +18,17 @@ def accuracy_of(correct: int, num: int) -> Accuracy:
     """Return the share of `num` samples, at least 1, and its binomial standard error."""
     share = correct / num
     return Accuracy(share, math.sqrt(share * (1 - share) / num), num)
+
+
+class Difference(NamedTuple):
+    """How much better one student is than another, in shares of held-out samples."""
+
+    first: str
+    second: str
+    accuracy: float  # first minus second
+    standard_error: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is at least twice its standard error."""
+        return self.accuracy != 0 and abs(self.accuracy) >= 2 * self.standard_error

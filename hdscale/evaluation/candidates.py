@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from hdscale.distiller import load_student
 from hdscale.errors import UserError
-from hdscale.evaluation.measure import Subject, teacher_subject
 from hdscale.student.build import build_student
+from hdscale.student.load import load_student
+from hdscale.teachers.build import build_teacher
+from hdscale.teachers.files import load_teacher_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
-    from hdscale.config.recipe import Recipe, TeacherConfig
+    from hdscale.config.recipe import TeacherConfig
+    from hdscale.runs.trained import TrainedRun
+    from hdscale.student.build import Student
+    from hdscale.teachers.build import FrozenTeacher
 
 _SHARED_FIELDS = (
     ("data", "shards"),
@@ -26,16 +28,6 @@ _SHARED_FIELDS = (
     ("evaluation", "attention_images"),
 )
 """What must be equal for two runs to stand in one table."""
-
-
-class TrainedRun(NamedTuple):
-    """What a run folder says about its student."""
-
-    folder: Path
-    recipe: Recipe
-    weights: Mapping[str, Tensor]  # of the newest checkpoint
-    step: int  # of that checkpoint
-    images_per_second: float | None  # of training, over all ranks
 
 
 def student_name(run: TrainedRun) -> str:
@@ -106,3 +98,29 @@ def _check_comparable(runs: Sequence[TrainedRun]) -> None:
                     f"--run {run.folder}: {section}.{name} is {there}, but {here} in {first.folder}: one table needs "
                     "equal data and evaluation; run the summary for each alone"
                 )
+
+
+Role = Literal["baseline", "teacher", "student"]
+
+
+_METHODS = {"mae": "MAE", "supervised": "supervised"}
+"""How the summary calls a teacher file's `kind`."""
+
+
+class Subject(NamedTuple):
+    """One row of the summary, before it is measured."""
+
+    name: str
+    role: Role
+    model: Student | FrozenTeacher | None  # None: raw pixels
+    images_per_second: float | None = None  # of its training
+
+
+def teacher_subject(config: TeacherConfig, grid_size: int, field: str) -> Subject:
+    """Build a teacher whole, on the student's grid, named after how it was trained."""
+    if config.source == "file":
+        kind = load_teacher_file(config.weights, f"{field}.weights").kind
+        name = f"{_METHODS.get(kind, kind)} teacher"
+    else:
+        name = f"teacher {config.name} ({config.weights})"
+    return Subject(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))

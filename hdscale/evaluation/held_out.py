@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hdscale.data.index import open_shards
+from hdscale.data.index import open_shards, require_labels
 from hdscale.data.loader import SequentialLoader
 from hdscale.data.manifest import manifest_path
 from hdscale.errors import UserError
-from hdscale.shards.labels import require_labels
 
 if TYPE_CHECKING:
     from hdscale.config.recipe import DataConfig, EvaluationConfig

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from hdscale.analysis.curves import AttentionCurves, attention_curves
 from hdscale.evaluation.knn import Features, extract_features, knn_accuracy, pooled, raw_pixels
 from hdscale.progress import Progress
-from hdscale.teachers.build import build_teacher
-from hdscale.teachers.files import load_teacher_file
 from hdscale.vit.build import weight_dtype
 from hdscale.vit.encoder import ViTEncoder
 
@@ -18,27 +16,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from hdscale.config.recipe import EvaluationConfig, TeacherConfig
+    from hdscale.config.recipe import EvaluationConfig
     from hdscale.evaluation.accuracy import Accuracy
+    from hdscale.evaluation.candidates import Role, Subject
     from hdscale.evaluation.held_out import HeldOut
     from hdscale.student.build import Student
     from hdscale.student.decoder import TransformerDecoder
     from hdscale.teachers.build import FrozenTeacher
     from hdscale.types import ViTOutput
-
-Role = Literal["baseline", "teacher", "student"]
-
-_METHODS = {"mae": "MAE", "supervised": "supervised"}
-"""How the summary calls a teacher file's `kind`."""
-
-
-class Subject(NamedTuple):
-    """One row of the summary, before it is measured."""
-
-    name: str
-    role: Role
-    model: Student | FrozenTeacher | None  # None: raw pixels
-    images_per_second: float | None = None  # of its training
 
 
 class Row(NamedTuple):
@@ -49,16 +34,6 @@ class Row(NamedTuple):
     knn: Accuracy
     curves: AttentionCurves | None  # of every layer; None without attention
     images_per_second: float | None
-
-
-def teacher_subject(config: TeacherConfig, grid_size: int, field: str) -> Subject:
-    """Build a teacher whole, on the student's grid, named after how it was trained."""
-    if config.source == "file":
-        kind = load_teacher_file(config.weights, f"{field}.weights").kind
-        name = f"{_METHODS.get(kind, kind)} teacher"
-    else:
-        name = f"teacher {config.name} ({config.weights})"
-    return Subject(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))
 
 
 def held_out_features(subject: Subject, held_out: HeldOut, device: torch.device, stream: TextIO | None) -> Features:

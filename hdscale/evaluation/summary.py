@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from hdscale.evaluation.accuracy import Difference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,20 +18,6 @@ LAST_LAYERS = 4
 """Layers in the table; TensorBoard has all of them."""
 
 _NOTHING = "-"
-
-
-class Difference(NamedTuple):
-    """How much better one student is than another, in shares of held-out samples."""
-
-    first: str
-    second: str
-    accuracy: float  # first minus second
-    standard_error: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is at least twice its standard error."""
-        return self.accuracy != 0 and abs(self.accuracy) >= 2 * self.standard_error
 
 
 def student_differences(rows: Sequence[Row]) -> list[Difference]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hdscale.cluster.device import Check
-from hdscale.errors import UserError
 from hdscale.preflight.machine import Facts, Question, check_run_root, marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from hdscale.cluster.hostfile import Host
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _SSH_FAILED = 255
@@ -33,53 +33,8 @@ _ENVIRONMENT_FILE = ".deepspeed_env"
 _MARK = "hdscale-facts "
 _AT_ONCE = 64
 _REACHABLE = "reachable"
-_CELL = 34  # letters in a cell of the table
 HERE = "here"
 """The machine that asks."""
-
-
-class Host(NamedTuple):
-    """A line of a hostfile."""
-
-    name: str
-    slots: int
-
-
-def read_hostfile(path: Path) -> list[Host]:
-    """Read DeepSpeed's format: `HOST slots=GPUS` a line, empty lines and lines that start with # aside.
-
-    Raises:
-        UserError: naming file, line and rule.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(
-            f"--hostfile {path} cannot be read ({reason}): write one line `HOST slots=GPUS` a machine"
-        ) from error
-    hosts: dict[str, Host] = {}
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)(\s.*)?", line)  # what follows is for others, such as MPI
-        where = f"{path}, line {number}"
-        if match is None:
-            raise UserError(f"{where} must be `HOST slots=GPUS`, got {line!r}")
-        name, slots = match[1], int(match[2])
-        if name.startswith("-"):
-            raise UserError(f"{where}: a host's name must not start with -, got {name!r}")
-        if slots < 1:
-            raise UserError(
-                f"{where}: slots must be at least 1, got {slots}: leave the line out to use no GPU of {name}"
-            )
-        if name in hosts:
-            raise UserError(f"{where}: {name} must have one line only: add its slots up")
-        hosts[name] = Host(name, slots)
-    if not hosts:
-        raise UserError(f"{path} names no host: write one line `HOST slots=GPUS` a machine")
-    return list(hosts.values())
 
 
 def check_hosts(
@@ -253,33 +208,3 @@ def _check_devices(host: Host, facts: Facts, usual: _Usual) -> Check:
         way_out = "leave it out: ranks must compute in the same precision, and the slowest sets the pace"
         return Check("devices", False, f"{found}, {usual.host} has {theirs}", way_out)
     return Check("devices", True, found)
-
-
-def render(columns: Mapping[str, Sequence[Check]]) -> str:
-    """Return a table of checks by machine, machines that are alike in one column, and what to do about failures."""
-    groups: dict[Any, list[str]] = {}
-    for machine, checks in columns.items():
-        groups.setdefault(tuple((check.name, check.ok) for check in checks), []).append(machine)
-    heads = {
-        names[0]: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
-        for names in groups.values()
-    }
-    rows = list(dict.fromkeys(check.name for machine in heads for check in columns[machine]))
-    cells = {machine: {check.name: _cell(check) for check in columns[machine]} for machine in heads}
-    lines = [["", *heads.values()]] + [[row, *(cells[machine].get(row, "") for machine in heads)] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    failures = [
-        f"{machine}: {check.name}: {check.found}; {check.what_to_do}"
-        for machine, checks in columns.items()
-        for check in checks
-        if check.ok is False
-    ]
-    return "\n".join([*text, *(["", "What to do:", *failures] if failures else [])])
-
-
-def _cell(check: Check) -> str:
-    if check.ok is False:
-        return "FAILS"
-    text = f"ok, {check.found}" if check.ok else check.found
-    return text if len(text) <= _CELL else text[: _CELL - 3] + "..."

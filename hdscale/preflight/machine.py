@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from hdscale.cluster.device import Check, device_checks
+from hdscale.cluster.launcher import find_own_tools
 from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
@@ -73,17 +73,6 @@ def check_memory(device: torch.device) -> Check:
     if free < _FREE_MEMORY * total:
         return Check("GPU memory", False, found, "see nvidia-smi for the process that holds it, and end it", False)
     return Check("GPU memory", True, found)
-
-
-def find_own_tools() -> None:
-    """Put this Python's folder on the PATH: DeepSpeed looks for ninja there.
-
-    A process that was started over SSH has not activated its virtual environment; it would find no ninja, or the
-    system's, whose log differs, so that the same ops are compiled again and again.
-    """
-    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    if folder not in path.split(os.pathsep):
-        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
 
 
 def check_compiler(*, gpu: bool) -> Check:

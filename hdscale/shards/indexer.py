@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_index
+from hdscale.data.index import INDEX_DTYPE, open_shards, write_index
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
-from hdscale.hashing import json_digest
+from hdscale.hashing import file_digest, json_digest
 from hdscale.shards.labels import MAX_CLS, MAX_JSON, BadLabel, LabelRule
 from hdscale.shards.picture_size import picture_size
 from hdscale.shards.sources.packed_names import is_text

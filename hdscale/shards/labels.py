@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+from hdscale.data.index import UNLABELLED
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
-    from hdscale.data.index import ShardSet
-
-UNLABELLED = -1
 MAX_CLS = 64
 """Bytes of a `.cls` member; a longer one is no number."""
 
@@ -104,37 +102,3 @@ def label_rule(option: str, num_classes: int | None) -> LabelRule:
     if option.startswith("json:") and len(option) > len("json:"):
         return LabelRule(False, (option.removeprefix("json:"),), True, num_classes)
     raise UserError(f"--labels must be auto, cls, none, or json:FIELD such as json:label, got {option!r}")
-
-
-def require_labels(shards: ShardSet, purpose: str) -> None:
-    """Raise a UserError unless all samples of a split have a label; `purpose` says what needs them."""
-    count = int((shards.index["label"] == UNLABELLED).sum())
-    if count:
-        raise UserError(
-            f"{purpose} needs labels, but {count} of {shards.num_samples} samples of split {shards.split} in "
-            f"{shards.folder} have none: index them again with data_tools/index_shards.py --labels cls or json:FIELD, "
-            "which leaves such samples out"
-        )
-
-
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Read a file with the name of one class a line, in the order of the labels.
-
-    Raises:
-        UserError: it cannot be read, or a line is empty or there twice.
-    """
-    try:
-        names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"--classes {path} cannot be read ({reason}): give a text file, one class name a line"
-        ) from None
-    if not names:
-        raise UserError(f"--classes {path} is empty: give one class name a line")
-    first_line: dict[str, int] = {}
-    for line, name in enumerate(names, 1):
-        if not name.strip() or first_line.setdefault(name, line) != line:
-            what = f"repeats the name {name!r} of line {first_line[name]}" if name.strip() else "is empty"
-            raise UserError(f"--classes {path}: line {line} {what}; give one class name a line, in order of the labels")
-    return names

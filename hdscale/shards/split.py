@@ -10,10 +10,10 @@ import numpy as np
 
 from hdscale.errors import UserError
 from hdscale.hashing import hash64, uniform
-from hdscale.shards.sources.image_folder import sample_key
+from hdscale.shards.sources.base import sample_key
 
 if TYPE_CHECKING:
-    from hdscale.shards.sources.image_folder import Listing
+    from hdscale.shards.sources.base import Listing
 
 VAL_SPLIT = "val"
 _SHUFFLE_KEY = 0x73687566666C65  # "shuffle": separates the two uses of a key's hash
@@ -64,12 +64,6 @@ def check_settings(settings: PlanSettings) -> None:
         raise UserError(f"--val-fraction must be between 0 and 1, got {val_fraction}: leave it out for a single split")
     if val_fraction is not None and split == VAL_SPLIT:
         raise UserError("--val-fraction names the held-out split val itself: give another --split, or no fraction")
-
-
-def check_workers(workers: int) -> None:
-    """Raise a UserError for a number of processes that cannot be."""
-    if workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}: leave it out for one a core")
 
 
 def plan_splits(listing: Listing, settings: PlanSettings) -> dict[str, np.ndarray]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hdscale.data.index import file_digest
 from hdscale.data.manifest import Manifest, ShardEntry, index_path, read_manifest
 from hdscale.data.pictures import BadPicture, open_picture, to_rgb
 from hdscale.errors import UserError
+from hdscale.hashing import file_digest
 from hdscale.shards.tar_reader import BadTar, Member, TarReader, shown
 from hdscale.shards.workers import in_processes
 from hdscale.staging import staged

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from hdscale.data.index import INDEX_DTYPE, file_digest, open_shards, write_index
+from hdscale.data.index import INDEX_DTYPE, open_shards, write_index
 from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
-from hdscale.shards.sources.image_folder import Source, sample_key
+from hdscale.hashing import file_digest
+from hdscale.shards.sources.base import Source, sample_key
 from hdscale.shards.workers import in_processes
 from hdscale.staging import create_folder, remove_leftovers, staged
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 import torch
 from torch import nn
 
+from hdscale.config.recipe import masks_are_online
 from hdscale.errors import UserError
 from hdscale.masking.progressive import keep_share, stage_layers
 from hdscale.teachers.load import load_source
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hdscale.config.recipe import MaskConfig, TeacherConfig
+    from hdscale.config.recipe import MaskConfig, Recipe, TeacherConfig
     from hdscale.types import ViTOutput
     from hdscale.vit.build import ViT
     from hdscale.vit.encoder import LayerOutput
@@ -150,3 +151,38 @@ def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, fi
             )
     model.set_input_size((wanted, wanted))
     resize_rel_pos_bias(model)
+
+
+_SECTIONS = ("feature_teacher", "relation_teacher")
+
+
+class Teachers(NamedTuple):
+    """The frozen models of a run, on the CPU, pruned to what the run takes from them."""
+
+    feature: FrozenTeacher | None
+    relation: FrozenTeacher | None
+
+    def named(self) -> dict[str, FrozenTeacher]:
+        """Return the teachers there are, by recipe section."""
+        return {name: teacher for name, teacher in zip(_SECTIONS, self, strict=True) if teacher is not None}
+
+
+def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
+    """Build both teachers for a student of `grid_size` x `grid_size` patches.
+
+    The relation teacher also gives the tokens of the mask layers where masks are made in the step.
+    """
+    feature = relation = None
+    if recipe.feature_teacher is not None:
+        feature = build_teacher(recipe.feature_teacher, role="feature", grid_size=grid_size, field="feature_teacher")
+    if recipe.relation_teacher is not None:
+        relation = build_teacher(
+            recipe.relation_teacher,
+            role="relation",
+            grid_size=grid_size,
+            relation_layers=recipe.relation.layers,
+            layer_output=recipe.relation.target,
+            mask=recipe.mask if masks_are_online(recipe.mask) else None,
+            field="relation_teacher",
+        )
+    return Teachers(feature, relation)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from hdscale.config.recipe import masks_are_online
 from hdscale.losses import token_relation
 from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
@@ -117,11 +118,6 @@ class TeacherPair:
             query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=cls) for x in pair)
             relations.append(token_relation(query, key, config.scale, config.heads))
         return tuple(relations)
-
-
-def masks_are_online(mask: MaskConfig) -> bool:
-    """Tell whether the relation teacher chooses tokens in the step."""
-    return mask.by_teacher and mask.source == "online"
 
 
 def online_keep_indices(relation: Callable[..., ViTOutput], images: Tensor, mask: MaskConfig) -> Tensor:

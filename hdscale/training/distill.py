@@ -8,22 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from torch import nn
 
 from hdscale.cli import EXIT_DONE
-from hdscale.data.loader import view_fingerprint
 from hdscale.distiller import build_distiller
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero import build_teacher_engine, checkpoint_function, configure_checkpointing, full_state
-from hdscale.errors import UserError
-from hdscale.flops import DecoderSizes, HeadSizes, ViTSizes, hybrid_step_flops
-from hdscale.masking.fingerprint import mask_fingerprint
-from hdscale.masking.progressive import expected_num_keep, patches_by_block
+from hdscale.flops import _flops_per_image
 from hdscale.masking.store import MaskStore
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import student_grid_size
-from hdscale.teachers.build import build_teacher, mask_stages
-from hdscale.teachers.targets import TeacherPair, masks_are_online
+from hdscale.teachers.build import _SECTIONS, build_teachers
+from hdscale.teachers.targets import TeacherPair
 from hdscale.teachers.weights import weights_digest
-from hdscale.training.run import identify, plan_run, start_engine, train_run
-from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock, is_plain
+from hdscale.training.loop import train_run
+from hdscale.training.masks import open_mask_store
+from hdscale.training.run import identify, plan_run, start_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,28 +28,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdscale.config.recipe import Recipe
-    from hdscale.data.index import ShardSet
     from hdscale.data.samples import KeepIndices
-    from hdscale.distiller import Distiller
     from hdscale.engine.ranks import Ranks
-    from hdscale.engine.zero import Engine
-    from hdscale.student.build import Student
-    from hdscale.teachers.build import FrozenTeacher
+    from hdscale.engine.zero_internals import Engine
+    from hdscale.teachers.build import FrozenTeacher, Teachers
     from hdscale.training.run import Run
     from hdscale.types import Batch, Targets
-
-_SECTIONS = ("feature_teacher", "relation_teacher")
-
-
-class Teachers(NamedTuple):
-    """The frozen models of a run, on the CPU, pruned to what the run takes from them."""
-
-    feature: FrozenTeacher | None
-    relation: FrozenTeacher | None
-
-    def named(self) -> dict[str, FrozenTeacher]:
-        """Return the teachers there are, by recipe section."""
-        return {name: teacher for name, teacher in zip(_SECTIONS, self, strict=True) if teacher is not None}
 
 
 class Session(NamedTuple):
@@ -163,124 +144,6 @@ def start_session(
             features_on=recipe.loss.features_on,
         )
         yield Session(run, ranks, engine, pair, hosted, None if store is None else store.keep_indices)
-
-
-def _flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> int:
-    student, mask = distiller.student, recipe.mask
-    patches = student.grid_size**2
-    depth = teachers.relation.depth if teachers.relation is not None else 0
-    is_projected = recipe.feature_teacher is not None and recipe.feature_teacher.target == "projected"
-    decoder = None
-    if distiller.decoder is not None:
-        decoder = DecoderSizes(len(distiller.decoder.blocks), distiller.decoder.decoder_dim)
-    head = HeadSizes(
-        recipe.loss.features_on,
-        recipe.student.mask_tokens,
-        linear=recipe.student.decoder != "identity",
-        decoder=decoder,
-    )
-    mask_blocks = 0
-    if masks_are_online(mask):
-        stages = mask_stages(mask, depth)
-        mask_blocks = stages.layers[-1] + (stages.at == "output")
-    return hybrid_step_flops(
-        _sizes(student),
-        None if teachers.feature is None else _sizes(teachers.feature),
-        None if teachers.relation is None else _sizes(teachers.relation),
-        expected_num_keep(mask, patches, depth),
-        recipe.relation.layers,
-        mask_blocks,
-        head=head,
-        projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
-        relation_target=recipe.relation.target,
-        block_patches=patches_by_block(mask, patches, depth),
-    )
-
-
-def _sizes(model: Student | FrozenTeacher) -> ViTSizes:
-    blocks = model.encoder.model.blocks
-    mlp = getattr(blocks[0], "mlp", None)  # a teacher of first-block relations has none left
-    weights = 0 if mlp is None else sum(layer.in_features * layer.out_features for layer in _linears(mlp))
-    return ViTSizes(
-        model.depth,
-        model.embed_dim,
-        model.grid_size**2,
-        model.patch_size,
-        model.num_prefix_tokens,
-        weights / (2 * model.embed_dim**2),
-        is_plain=is_plain(blocks[-1]) or isinstance(blocks[-1], KeptQueryBlock | QueryKeyBlock),
-    )
-
-
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-
-
-def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
-    """Build both teachers for a student of `grid_size` x `grid_size` patches.
-
-    The relation teacher also gives the tokens of the mask layers where masks are made in the step.
-    """
-    feature = relation = None
-    if recipe.feature_teacher is not None:
-        feature = build_teacher(recipe.feature_teacher, role="feature", grid_size=grid_size, field="feature_teacher")
-    if recipe.relation_teacher is not None:
-        relation = build_teacher(
-            recipe.relation_teacher,
-            role="relation",
-            grid_size=grid_size,
-            relation_layers=recipe.relation.layers,
-            layer_output=recipe.relation.target,
-            mask=recipe.mask if masks_are_online(recipe.mask) else None,
-            field="relation_teacher",
-        )
-    return Teachers(feature, relation)
-
-
-def open_mask_store(run: Run, teacher: FrozenTeacher | None, num_patches: int) -> MaskStore | None:
-    """Open the recipe's mask store and refuse masks of other data, views, seeds, settings or teachers.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    recipe = run.recipe
-    if not recipe.mask.by_teacher or recipe.mask.source != "store":
-        return None
-    store = MaskStore.open(recipe.mask.store)
-    expected = store_fingerprint(recipe, run.shards, run.precision, teacher)
-    assert recipe.data.views != "fresh", "checked by the recipe"
-    store.check(expected, recipe.data.views)
-    if store.manifest.num_patches != num_patches:
-        raise UserError(
-            f"{store.path / 'manifest.json'}: masks of {store.manifest.num_patches} patches, the student has "
-            f"{num_patches}: run launch/precompute_masks.py with mask.store=OTHER_FOLDER"
-        )
-    return store
-
-
-def store_fingerprint(
-    recipe: Recipe, shards: ShardSet, precision: str, teacher: FrozenTeacher | None
-) -> dict[str, Any]:
-    """Return what the recipe's stored masks must have been made from.
-
-    Raises:
-        UserError: there is no relation teacher to check them against.
-    """
-    if teacher is None:
-        raise UserError(
-            f"mask.strategy {recipe.mask.strategy} needs the relation_teacher that made the masks in "
-            f"{recipe.mask.store}: name it, with loss.alpha=0 for masks alone, or set mask.strategy=none"
-        )
-    return mask_fingerprint(
-        recipe.mask,
-        teacher_digest=teacher.digest,
-        teacher_normalisation=(teacher.preprocess.mean, teacher.preprocess.std),
-        view_fingerprint=view_fingerprint(recipe.data, recipe.run.seed),
-        index_digest=shards.digest,
-        seed=recipe.run.seed,
-        precision=precision,
-        depth=teacher.depth,
-    )
 
 
 def host_teachers(

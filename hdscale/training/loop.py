@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import resource
-import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
-import torch.distributed as dist
 
-from hdscale.engine.collectives import watch_collectives
+from hdscale.cli import EXIT_DONE, EXIT_STOPPED
+from hdscale.data.loader import TrainLoader
+from hdscale.data.order import build_order
 from hdscale.engine.zero_state import gather_shard, optimizer_state
+from hdscale.flops import peak_flops
 from hdscale.hashing import hash64
+from hdscale.progress import Progress
 from hdscale.runs.checkpoint import save_checkpoint
+from hdscale.runs.metrics import MetricsWriter
+from hdscale.training.meter import _limit, _Meter, peak_memory_gb
+from hdscale.training.quarantine import Quarantine
+from hdscale.training.stop import StopFlag
 from hdscale.types import Batch, LossTerms
 
 if TYPE_CHECKING:
@@ -20,13 +25,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hdscale.config.recipe import CheckpointConfig, LogConfig
+    from hdscale.data.samples import KeepIndices
     from hdscale.engine.ranks import Ranks
-    from hdscale.engine.zero import Engine
-    from hdscale.progress import Progress
-    from hdscale.runs.metrics import MetricsWriter
-    from hdscale.training.quarantine import Quarantine
+    from hdscale.engine.zero_internals import Engine
+    from hdscale.training.run import Run
     from hdscale.training.schedule import Schedule
-    from hdscale.training.stop import StopFlag
+    from hdscale.types import Batch
 
 
 _MAX_SKIPPED = 30
@@ -136,68 +140,6 @@ def to_device(batch: Batch, ranks: Ranks) -> Batch:
     return batch._replace(**moved)
 
 
-class _Reading(NamedTuple):
-    """What the meter has seen between two log lines; shares are of this rank's time."""
-
-    losses: LossTerms  # means over steps and ranks
-    images_per_second: float  # of all ranks
-    data_wait: float
-    communication: float
-    sent_bytes: float  # by this rank in DeepSpeed's collectives, a micro-step
-
-
-class _Meter:
-    """Sums losses on the device and seconds on the host between two log lines."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._collectives = watch_collectives()
-        self._sums = torch.zeros(len(LossTerms._fields), device=ranks.device)
-        self._count = 0  # micro-steps in the sums
-        self._waited = 0.0
-        self._started = time.perf_counter()
-        self._images = 0
-        self._timed = 0  # micro-steps since the clock was started
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        start = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - start
-        self._images += len(batch.images)
-        return batch
-
-    def add(self, terms: LossTerms) -> None:
-        self._sums += torch.stack([term.float() for term in terms])
-        self._count += 1
-        self._timed += 1
-
-    def restart_clock(self) -> None:
-        """Leave the time since the last log line out of the rates (a checkpoint was written), and the traffic."""
-        self._collectives.read()
-        self._started = time.perf_counter()
-        self._waited = 0.0
-        self._images = 0
-        self._timed = 0
-
-    def read(self) -> _Reading:
-        """Reduce over ranks and start anew; this waits for the device."""
-        means = self._sums / max(1, self._count)
-        dist.all_reduce(means)
-        traffic = self._collectives.read()
-        elapsed = time.perf_counter() - self._started
-        reading = _Reading(
-            LossTerms(*(means / self._ranks.world_size).tolist()),
-            self._images * self._ranks.world_size / elapsed,
-            self._waited / elapsed,
-            traffic.seconds / elapsed,
-            traffic.total.sent_bytes / max(1, self._timed),
-        )
-        self._sums.zero_()
-        self._count = 0
-        self.restart_clock()
-        return reading
-
-
 def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: int) -> None:
     reading = meter.read()
     losses, rate, plan = reading.losses, reading.images_per_second, trainer.plan
@@ -230,22 +172,6 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
     }
     metrics.write(line)
     trainer.progress(0, f"loss {losses.total:.4f}, {rate:.1f} images/s{_limit(reading)}")
-
-
-def _limit(reading: _Reading) -> str:
-    """Name what takes more than half of the time, if it is not the computation."""
-    if reading.communication > 0.5:
-        return f", communication is the limit ({reading.communication:.0%} of the time in collectives)"
-    if reading.data_wait > 0.5:
-        return f", data is the limit ({reading.data_wait:.0%} of the time waiting for it)"
-    return ""
-
-
-def peak_memory_gb(ranks: Ranks) -> float:
-    """Return this process's peak: allocated GPU memory, or resident memory on a CPU; 10^9 bytes."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class _Skipped(NamedTuple):
@@ -292,3 +218,89 @@ def _save(trainer: Trainer, step: int) -> int:
         keep=trainer.checkpoint.keep,
     )
     return step
+
+
+def train_run(
+    run: Run,
+    engine: Engine,
+    ranks: Ranks,
+    prepare: Callable[[Batch], tuple[Any, ...]],
+    *,
+    keep_indices: KeepIndices | None = None,
+    stream: TextIO | None = None,
+) -> int:
+    """Train to the end of the schedule or until a stop; return the exit code.
+
+    Args:
+        run: what was checked.
+        engine: from `start_engine`.
+        ranks: this process.
+        prepare: turns a batch on the device into the engine's arguments.
+        keep_indices: looks stored masks up by sample ids and views, inside the loader.
+        stream: where the first rank shows progress.
+    """
+    recipe, total = run.recipe, run.schedule.total_steps
+    start = 0 if run.checkpoint is None else run.checkpoint.step
+    end = min(total, recipe.schedule.stop_after or total)
+    if start >= end:
+        if stream is not None and ranks.is_first:
+            print(f"{run.folder}: step {start} of {total} is done already", file=stream)
+        return EXIT_DONE if start >= total else EXIT_STOPPED
+    loader = run_loader(run, ranks, start, end, keep_indices)
+    metrics = MetricsWriter(run.folder, start) if ranks.is_first else None
+    with Progress(recipe.run.name, total, "steps", stream if ranks.is_first else None, start) as progress:
+        trainer = Trainer(
+            engine,
+            prepare,
+            ranks,
+            _plan(run, ranks, start, end),
+            run.folder,
+            run.fingerprints,
+            recipe.log,
+            recipe.checkpoint,
+            progress,
+            _quarantine(run, ranks),
+        )
+        done = train(trainer, iter(loader), metrics, StopFlag())
+    if metrics is not None:
+        metrics.close()
+    return EXIT_DONE if done == total else EXIT_STOPPED
+
+
+def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, keep_indices: KeepIndices | None) -> TrainLoader:
+    """Return this rank's micro-batches of steps start_step .. end_step - 1."""
+    recipe = run.recipe
+    return TrainLoader(
+        run.shards,
+        build_order(run.shards.index, recipe.data, recipe.run.seed),
+        recipe.data,
+        recipe.run.seed,
+        global_batch_size=recipe.optim.global_batch_size,
+        micro_batch_size=recipe.optim.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_step=start_step,
+        num_steps=end_step - start_step,
+        keep_indices=keep_indices,
+    )
+
+
+def _quarantine(run: Run, ranks: Ranks) -> Quarantine:
+    checkpoint = run.checkpoint
+    known, step = ([], 0) if checkpoint is None else (checkpoint.state["quarantine"], checkpoint.step)
+    return Quarantine(run.folder, run.shards, run.recipe.data, ranks, known=known, start_step=step)
+
+
+def _plan(run: Run, ranks: Ranks, start: int, end: int) -> Plan:
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    return Plan(
+        schedule=run.schedule,
+        start_step=start,
+        end_step=end,
+        accumulation=run.accumulation,
+        global_batch_size=run.recipe.optim.global_batch_size,
+        num_samples=run.shards.num_samples,
+        seed=run.recipe.run.seed,
+        flops_per_image=run.flops_per_image,
+        peak_flops=peak_flops(name, run.precision),
+    )

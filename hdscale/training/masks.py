@@ -10,19 +10,20 @@ import torch
 import torch.distributed as dist
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED
+from hdscale.data.fingerprint import view_fingerprint
 from hdscale.data.index import open_shards
 from hdscale.data.loader import SequentialLoader
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero import build_teacher_engine
 from hdscale.errors import UserError
 from hdscale.masking.bits import pack_indices, row_bytes
+from hdscale.masking.fingerprint import mask_fingerprint
 from hdscale.masking.progressive import expected_num_keep
 from hdscale.masking.store import MaskStore
 from hdscale.progress import Progress
 from hdscale.student.build import student_grid_size
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import online_keep_indices
-from hdscale.training.distill import store_fingerprint
 from hdscale.training.run import planned_precision
 from hdscale.training.stop import StopFlag
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
     from hdscale.engine.ranks import Ranks
+    from hdscale.teachers.build import FrozenTeacher
+    from hdscale.training.run import Run
 
 
 def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: TextIO | None = None) -> int:
@@ -127,3 +130,49 @@ def _part(writer: _Writer, view: int, part: int, progress: Progress, stop: StopF
     everyone = torch.empty(ranks.world_size * stretch, row_bytes(num_patches), dtype=torch.uint8, device=ranks.device)
     dist.all_gather_into_tensor(everyone, mine)
     return everyone[: len(samples)].cpu().numpy()
+
+
+def open_mask_store(run: Run, teacher: FrozenTeacher | None, num_patches: int) -> MaskStore | None:
+    """Open the recipe's mask store and refuse masks of other data, views, seeds, settings or teachers.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    recipe = run.recipe
+    if not recipe.mask.by_teacher or recipe.mask.source != "store":
+        return None
+    store = MaskStore.open(recipe.mask.store)
+    expected = store_fingerprint(recipe, run.shards, run.precision, teacher)
+    assert recipe.data.views != "fresh", "checked by the recipe"
+    store.check(expected, recipe.data.views)
+    if store.manifest.num_patches != num_patches:
+        raise UserError(
+            f"{store.path / 'manifest.json'}: masks of {store.manifest.num_patches} patches, the student has "
+            f"{num_patches}: run launch/precompute_masks.py with mask.store=OTHER_FOLDER"
+        )
+    return store
+
+
+def store_fingerprint(
+    recipe: Recipe, shards: ShardSet, precision: str, teacher: FrozenTeacher | None
+) -> dict[str, Any]:
+    """Return what the recipe's stored masks must have been made from.
+
+    Raises:
+        UserError: there is no relation teacher to check them against.
+    """
+    if teacher is None:
+        raise UserError(
+            f"mask.strategy {recipe.mask.strategy} needs the relation_teacher that made the masks in "
+            f"{recipe.mask.store}: name it, with loss.alpha=0 for masks alone, or set mask.strategy=none"
+        )
+    return mask_fingerprint(
+        recipe.mask,
+        teacher_digest=teacher.digest,
+        teacher_normalisation=(teacher.preprocess.mean, teacher.preprocess.std),
+        view_fingerprint=view_fingerprint(recipe.data, recipe.run.seed),
+        index_digest=shards.digest,
+        seed=recipe.run.seed,
+        precision=precision,
+        depth=teacher.depth,
+    )

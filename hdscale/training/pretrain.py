@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hdscale.cli import EXIT_DONE
+from hdscale.data.index import require_labels
 from hdscale.engine.ranks import distributed
 from hdscale.errors import UserError
 from hdscale.export import export_student
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
 from hdscale.runs.checkpoint import require_checkpoint
 from hdscale.runs.folder import mark_done
-from hdscale.shards.labels import require_labels
 from hdscale.student.build import build_student
-from hdscale.training.run import identify, plan_run, start_engine, train_run
+from hdscale.training.loop import train_run
+from hdscale.training.run import identify, plan_run, start_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

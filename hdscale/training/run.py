@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from hdscale.cli import EXIT_DONE, EXIT_STOPPED
 from hdscale.cluster.arrival import check_same
+from hdscale.data.fingerprint import view_fingerprint
 from hdscale.data.index import open_shards
-from hdscale.data.loader import TrainLoader, accumulation_steps, view_fingerprint
-from hdscale.data.order import build_order
+from hdscale.data.loader import accumulation_steps
 from hdscale.engine.ranks import resolve_precision
 from hdscale.engine.zero import build_student_engine, student_ds_config
 from hdscale.engine.zero_state import restore
 from hdscale.errors import UserError
-from hdscale.flops import peak_flops
-from hdscale.progress import Progress
 from hdscale.runs.checkpoint import newest_checkpoint
 from hdscale.runs.folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
-from hdscale.runs.metrics import MetricsWriter
-from hdscale.training.loop import Plan, Trainer, train
-from hdscale.training.quarantine import Quarantine
 from hdscale.training.schedule import Schedule, build_schedule
-from hdscale.training.stop import StopFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from hdscale.config.recipe import Recipe
     from hdscale.data.index import ShardSet
-    from hdscale.data.samples import KeepIndices
     from hdscale.engine.ranks import Ranks
-    from hdscale.engine.zero import Engine
+    from hdscale.engine.zero_internals import Engine
     from hdscale.runs.checkpoint import Checkpoint
-    from hdscale.types import Batch
 
 
 class Run(NamedTuple):
@@ -120,92 +111,6 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
         write_run_folder(run.folder, run.recipe, run.ds_config, ranks.world_size)
     dist.barrier()
     return engine
-
-
-def train_run(
-    run: Run,
-    engine: Engine,
-    ranks: Ranks,
-    prepare: Callable[[Batch], tuple[Any, ...]],
-    *,
-    keep_indices: KeepIndices | None = None,
-    stream: TextIO | None = None,
-) -> int:
-    """Train to the end of the schedule or until a stop; return the exit code.
-
-    Args:
-        run: what was checked.
-        engine: from `start_engine`.
-        ranks: this process.
-        prepare: turns a batch on the device into the engine's arguments.
-        keep_indices: looks stored masks up by sample ids and views, inside the loader.
-        stream: where the first rank shows progress.
-    """
-    recipe, total = run.recipe, run.schedule.total_steps
-    start = 0 if run.checkpoint is None else run.checkpoint.step
-    end = min(total, recipe.schedule.stop_after or total)
-    if start >= end:
-        if stream is not None and ranks.is_first:
-            print(f"{run.folder}: step {start} of {total} is done already", file=stream)
-        return EXIT_DONE if start >= total else EXIT_STOPPED
-    loader = run_loader(run, ranks, start, end, keep_indices)
-    metrics = MetricsWriter(run.folder, start) if ranks.is_first else None
-    with Progress(recipe.run.name, total, "steps", stream if ranks.is_first else None, start) as progress:
-        trainer = Trainer(
-            engine,
-            prepare,
-            ranks,
-            _plan(run, ranks, start, end),
-            run.folder,
-            run.fingerprints,
-            recipe.log,
-            recipe.checkpoint,
-            progress,
-            _quarantine(run, ranks),
-        )
-        done = train(trainer, iter(loader), metrics, StopFlag())
-    if metrics is not None:
-        metrics.close()
-    return EXIT_DONE if done == total else EXIT_STOPPED
-
-
-def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, keep_indices: KeepIndices | None) -> TrainLoader:
-    """Return this rank's micro-batches of steps start_step .. end_step - 1."""
-    recipe = run.recipe
-    return TrainLoader(
-        run.shards,
-        build_order(run.shards.index, recipe.data, recipe.run.seed),
-        recipe.data,
-        recipe.run.seed,
-        global_batch_size=recipe.optim.global_batch_size,
-        micro_batch_size=recipe.optim.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        start_step=start_step,
-        num_steps=end_step - start_step,
-        keep_indices=keep_indices,
-    )
-
-
-def _quarantine(run: Run, ranks: Ranks) -> Quarantine:
-    checkpoint = run.checkpoint
-    known, step = ([], 0) if checkpoint is None else (checkpoint.state["quarantine"], checkpoint.step)
-    return Quarantine(run.folder, run.shards, run.recipe.data, ranks, known=known, start_step=step)
-
-
-def _plan(run: Run, ranks: Ranks, start: int, end: int) -> Plan:
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
-    return Plan(
-        schedule=run.schedule,
-        start_step=start,
-        end_step=end,
-        accumulation=run.accumulation,
-        global_batch_size=run.recipe.optim.global_batch_size,
-        num_samples=run.shards.num_samples,
-        seed=run.recipe.run.seed,
-        flops_per_image=run.flops_per_image,
-        peak_flops=peak_flops(name, run.precision),
-    )
 
 
 def _check_fingerprints(checkpoint: Checkpoint, now: Mapping[str, Any], allow_change: Sequence[str]) -> None:

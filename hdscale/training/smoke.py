@@ -21,9 +21,11 @@ from hdscale.masking.store import MaskStore
 from hdscale.shards.sources.image_folder import ImageFolder
 from hdscale.shards.split import PlanSettings, plan_splits
 from hdscale.shards.writer import SplitJob, write_split
-from hdscale.training.distill import start_session, store_fingerprint
-from hdscale.training.loop import peak_memory_gb, seed_everything, to_device, train_step
-from hdscale.training.run import planned_world_size, run_loader
+from hdscale.training.distill import start_session
+from hdscale.training.loop import run_loader, seed_everything, to_device, train_step
+from hdscale.training.masks import store_fingerprint
+from hdscale.training.meter import peak_memory_gb
+from hdscale.training.run import planned_world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -4,8 +4,9 @@ import torch
 
 from hdscale.analysis.curves import attention_curves
 from hdscale.config.recipe import StudentConfig, TeacherConfig
+from hdscale.evaluation.candidates import Subject, teacher_subject
 from hdscale.evaluation.held_out import HeldOut
-from hdscale.evaluation.measure import Subject, measure_attention, measure_decoder_attention, teacher_subject
+from hdscale.evaluation.measure import measure_attention, measure_decoder_attention
 from hdscale.student.build import build_student
 from hdscale.student.decoder import build_decoder
 from hdscale.types import Batch, ViTOutput

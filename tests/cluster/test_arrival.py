@@ -17,8 +17,9 @@ import pytest
 import torch.distributed as dist
 
 from hdscale.cluster import arrival as rendezvous
-from hdscale.cluster.arrival import Rendezvous, check_same, meeting, name_ranks
+from hdscale.cluster.arrival import check_same, meeting
 from hdscale.cluster.launcher import planned_hosts
+from hdscale.cluster.rendezvous import Rendezvous, name_ranks
 from hdscale.errors import LostRankError, UserError
 
 HOSTS = ["node1", "node1", "node2", "node2"]

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from hdscale.cluster import device as preflight
 from hdscale.cluster.device import Check, check_architecture, check_attention, device_checks, quick_check
+from hdscale.cluster.launcher import find_own_tools
 from hdscale.errors import UserError
 from hdscale.preflight import machine
 from hdscale.preflight.machine import (
@@ -20,7 +21,6 @@ from hdscale.preflight.machine import (
     check_memory,
     check_run_root,
     check_shared_memory,
-    find_own_tools,
     machine_facts,
     marked,
 )

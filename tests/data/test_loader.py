@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from hdscale.data.decode import decode_view
-from hdscale.data.loader import SequentialLoader, TrainLoader, accumulation_steps, view_fingerprint
+from hdscale.data.fingerprint import view_fingerprint
+from hdscale.data.loader import SequentialLoader, TrainLoader, accumulation_steps
 from hdscale.data.order import build_order
 from hdscale.data.samples import EVAL_VIEW, substitute
 from hdscale.data.views import central_square, view_parameters

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hdscale.config.recipe import DataConfig
 from hdscale.data.order import GlobalOrder, WindowedOrder, build_order, permute, positions_of, samples_at
-from hdscale.shards.sources.image_folder import Listing
+from hdscale.shards.sources.base import Listing
 from hdscale.shards.split import PlanSettings, plan_splits
 
 MASK64 = 2**64 - 1

@@ -9,7 +9,8 @@ from hdscale.config.loading import changed_fields, load_recipe
 from hdscale.config.recipe import DataConfig
 from hdscale.data import loader as loader_module
 from hdscale.data.decode import INTERPOLATION, decode_view, decoder_version
-from hdscale.data.loader import SequentialLoader, TrainLoader, view_fingerprint
+from hdscale.data.fingerprint import view_fingerprint
+from hdscale.data.loader import SequentialLoader, TrainLoader
 from hdscale.data.order import build_order
 from hdscale.data.views import view_parameters
 

@@ -17,7 +17,7 @@ from PIL import Image
 from data_tools.make_shards import main
 from hdscale.cli import EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
-from hdscale.shards.sources.image_folder import sample_key
+from hdscale.shards.sources.base import sample_key
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,9 @@ from data_tools.index_shards import main as index
 from data_tools.make_shards import main as make
 from data_tools.verify_shards import EXIT_BAD, main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
-from hdscale.data.index import file_digest, open_shards
-from hdscale.shards.sources.image_folder import Digits
+from hdscale.data.index import open_shards
+from hdscale.hashing import file_digest
+from hdscale.shards.sources.digits import Digits
 from hdscale.shards.split import PlanSettings, plan_splits
 from hdscale.shards.writer import SplitJob, write_split
 

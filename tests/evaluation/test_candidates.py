@@ -4,7 +4,8 @@ import pytest
 
 from hdscale.config.recipe import DataConfig, Recipe, StudentConfig, TeacherConfig
 from hdscale.distiller import build_distiller
-from hdscale.evaluation.candidates import TrainedRun, summary_subjects
+from hdscale.evaluation.candidates import summary_subjects
+from hdscale.runs.trained import TrainedRun
 from hdscale.student.build import build_student
 from hdscale.teachers.files import save_teacher_file
 

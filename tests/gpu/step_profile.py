@@ -12,8 +12,7 @@ import torch
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
-from hdscale.training.loop import to_device, train_step
-from hdscale.training.run import run_loader
+from hdscale.training.loop import run_loader, to_device, train_step
 from hdscale.training.smoke import generated_session
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,7 @@ from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.engine.ranks import resolve_precision
 from hdscale.training.distill import start_session
-from hdscale.training.loop import to_device, train_step
-from hdscale.training.run import run_loader
+from hdscale.training.loop import run_loader, to_device, train_step
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import pytest
 
 from hdscale.config.recipe import DataConfig
 from hdscale.data.index import open_shards
-from hdscale.shards.sources.image_folder import Digits
+from hdscale.shards.sources.digits import Digits
 from hdscale.shards.split import PlanSettings, plan_splits
 from hdscale.shards.writer import SplitJob, write_split
 

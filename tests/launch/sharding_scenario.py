@@ -14,10 +14,9 @@ from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.engine.collectives import watch_collectives
 from hdscale.engine.ranks import distributed
-from hdscale.engine.zero import held_elements
+from hdscale.engine.zero_internals import held_elements
 from hdscale.training.distill import start_session
-from hdscale.training.loop import train_step
-from hdscale.training.run import run_loader
+from hdscale.training.loop import run_loader, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDINGS = ("node", "zero3", "replicate")

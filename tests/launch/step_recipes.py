@@ -13,16 +13,15 @@ import torch
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
-from hdscale.distiller import load_student
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero import full_state
 from hdscale.flops import count_flops
 from hdscale.runs.checkpoint import require_checkpoint
 from hdscale.runs.folder import run_folder_of
+from hdscale.student.load import load_student
 from hdscale.training.distill import distill, start_session
-from hdscale.training.loop import seed_everything, train_step
+from hdscale.training.loop import run_loader, seed_everything, train_step
 from hdscale.training.pretrain import pretrain
-from hdscale.training.run import run_loader
 from launch.export import main as export
 
 ROOT = Path(__file__).resolve().parents[2]

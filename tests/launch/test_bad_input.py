@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from hdscale.cli import exit_code
 from hdscale.config.loading import RECIPE_FILE, dump_recipe, load_recipe
+from hdscale.data.fingerprint import view_fingerprint
 from hdscale.data.index import open_shards
-from hdscale.data.loader import view_fingerprint
 from hdscale.errors import UserError
 from hdscale.masking.fingerprint import mask_fingerprint
 from hdscale.masking.store import MaskStore
@@ -269,7 +269,7 @@ def write_run(world, *, steps=(4,), **fingerprints):
 
 def plan(world, *overrides, allow_change=()):
     """Check the run as launch/train.py does, and start nothing."""
-    from hdscale.training.distill import build_teachers
+    from hdscale.teachers.build import build_teachers
     from hdscale.training.run import identify, plan_run
 
     recipe = load_recipe(world.recipe, [ONLINE, *overrides])

@@ -7,19 +7,12 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
 
 from hdscale.cluster.device import Check
+from hdscale.cluster.hostfile import Host, read_hostfile
 from hdscale.errors import UserError
 from hdscale.preflight import hosts
-from hdscale.preflight.hosts import (
-    Host,
-    check_hosts,
-    facts_line,
-    judge,
-    question_from_json,
-    read_hostfile,
-    remote_command,
-    render,
-)
+from hdscale.preflight.hosts import check_hosts, facts_line, judge, question_from_json, remote_command
 from hdscale.preflight.machine import Facts, Question
+from hdscale.preflight.table import render
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch/preflight.py"

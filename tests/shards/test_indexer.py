@@ -9,8 +9,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from hdscale.data.index import file_digest, open_shards
+from hdscale.data.index import open_shards
 from hdscale.errors import UserError
+from hdscale.hashing import file_digest
 from hdscale.shards import indexer
 from hdscale.shards.indexer import IndexJob, index_split
 from hdscale.shards.labels import LabelRule, label_rule

@@ -1,7 +1,8 @@
 import pytest
 
 from hdscale.errors import UserError
-from hdscale.shards.labels import label_rule, read_classes
+from hdscale.shards.labels import label_rule
+from hdscale.shards.sources.classes import read_classes
 
 
 @pytest.mark.parametrize("option", ["", "json", "json:", "CLS", "label"])

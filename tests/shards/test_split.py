@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hdscale.errors import UserError
-from hdscale.shards.sources.image_folder import Listing
+from hdscale.shards.sources.base import Listing
 from hdscale.shards.split import Part, PlanSettings, check_settings, parse_part, plan_splits
 
 

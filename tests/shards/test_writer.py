@@ -6,11 +6,14 @@ import pytest
 import webdataset
 from PIL import Image
 
-from hdscale.data.index import file_digest, open_shards
+from hdscale.data.index import open_shards
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
+from hdscale.hashing import file_digest
 from hdscale.shards import writer
-from hdscale.shards.sources.image_folder import Digits, ImageFolder, Listing
+from hdscale.shards.sources.base import Listing
+from hdscale.shards.sources.digits import Digits
+from hdscale.shards.sources.image_folder import ImageFolder
 from hdscale.shards.split import Part, PlanSettings
 from hdscale.shards.writer import SplitJob, finish_split, part_samples, write_part
 

@@ -28,15 +28,15 @@ from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.data.index import open_shards
 from hdscale.engine.ranks import distributed
-from hdscale.engine.zero import held_elements
+from hdscale.engine.zero_internals import held_elements
 from hdscale.engine.zero_state import gather_shard
 from hdscale.errors import UserError
+from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.training.distill import build_teachers, distill, held_digests, host_teachers, start_session
-from hdscale.training.loop import train_step
+from hdscale.training.distill import distill, held_digests, host_teachers, start_session
+from hdscale.training.loop import run_loader, train_step
 from hdscale.training.masks import precompute_masks
 from hdscale.training.pretrain import pretrain
-from hdscale.training.run import run_loader
 from hdscale.training.smoke import smoke
 
 ROOT = Path(__file__).resolve().parents[2]

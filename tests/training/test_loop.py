@@ -15,7 +15,8 @@ from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 from hdscale.runs.checkpoint import newest_checkpoint, open_checkpoint
 from hdscale.training import loop as module
-from hdscale.training.loop import Plan, Trainer, peak_memory_gb, to_device, train
+from hdscale.training.loop import Plan, Trainer, to_device, train
+from hdscale.training.meter import peak_memory_gb
 from hdscale.training.schedule import Schedule
 from hdscale.types import BadSample, Batch, LossTerms
 

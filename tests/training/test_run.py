@@ -24,9 +24,10 @@ from hdscale.masking.bits import pack_indices
 from hdscale.masking.store import MaskStore
 from hdscale.runs.checkpoint import Checkpoint
 from hdscale.teachers.build import build_teacher
-from hdscale.training.distill import open_mask_store, start_session, store_fingerprint
-from hdscale.training.loop import Plan
-from hdscale.training.run import identify, plan_run, start_engine, train_run
+from hdscale.training.distill import start_session
+from hdscale.training.loop import Plan, train_run
+from hdscale.training.masks import open_mask_store, store_fingerprint
+from hdscale.training.run import identify, plan_run, start_engine
 from hdscale.training.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from hdscale.analysis.curves import attention_curves
 from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig, TeacherConfig
-from hdscale.distiller import build_distiller, load_student
+from hdscale.distiller import build_distiller
 from hdscale.errors import UserError
 from hdscale.export import export_student, loading_code
 from hdscale.student.build import build_student
+from hdscale.student.load import load_student
 from hdscale.teachers.build import build_teacher
 from hdscale.types import Batch, Targets
 from hdscale.vit.rel_pos import SharedRelPosBias

@@ -65,3 +65,26 @@ def choose_classes(available: list[str], only: tuple[str, ...] | None, where: st
         )
     others = len(available) - len(only)
     return list(only), [f"{others} classes that --only-classes does not name"] if others else []
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Read a file with the name of one class a line, in the order of the labels.
+
+    Raises:
+        UserError: it cannot be read, or a line is empty or there twice.
+    """
+    try:
+        names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"--classes {path} cannot be read ({reason}): give a text file, one class name a line"
+        ) from None
+    if not names:
+        raise UserError(f"--classes {path} is empty: give one class name a line")
+    first_line: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        if not name.strip() or first_line.setdefault(name, line) != line:
+            what = f"repeats the name {name!r} of line {first_line[name]}" if name.strip() else "is empty"
+            raise UserError(f"--classes {path}: line {line} {what}; give one class name a line, in order of the labels")
+    return names

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hdscale.errors import UserError
+from hdscale.shards.sources.base import Listing, read_file
 from hdscale.shards.sources.classes import choose_classes
-from hdscale.shards.sources.image_folder import Listing, read_file
 from hdscale.shards.sources.stored_picture import Picture, Resize, stored_picture
 
 if TYPE_CHECKING:

@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import stat
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from hdscale.errors import UserError
+from hdscale.shards.sources.base import EXTENSIONS, Listing, read_file
 from hdscale.shards.sources.classes import choose_classes
-from hdscale.shards.sources.packed_names import PackedNames
-from hdscale.shards.sources.stored_picture import Picture, Resize, png_bytes, stored_picture
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-"""Files of an image folder that are taken, in any case; their content decides how they are decoded."""
-
-
-class Listing(NamedTuple):
-    """All pictures of a source, in an order that depends on their names only."""
-
-    classes: tuple[str, ...]
-    names: list[str] | PackedNames  # unique in the source; for files the path below its folder
-    labels: np.ndarray  # (n,) int32
-    left_out: list[str]  # what was seen and not taken, in words
-    places: np.ndarray | None = None  # (n,) where the pictures are, if their names do not tell
-    damaged: tuple[str, ...] = ()  # what is broken and ought to be mended, in words
-
-    def digest(self) -> str:
-        """Return the sha256 of classes, names and labels."""
-        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
-        for name, label in zip(self.names, self.labels.tolist(), strict=True):
-            digest.update(f"\0{label} {name}".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
-
-class Source(Protocol):
-    """Lists pictures cheaply and reads one at a time; must be picklable."""
-
-    name: str
-
-    def listing(self) -> Listing:
-        """Name all pictures."""
-        ...
-
-    def read(self, name: str, place: Any) -> Picture:
-        """Read one picture, checked and ready to be stored; its place is the listing's, or None.
-
-        Raises:
-            BadPicture: it cannot be decoded.
-            OSError: it cannot be read.
-        """
-        ...
+from hdscale.shards.sources.stored_picture import Picture, Resize, stored_picture
 
 
 class ImageFolder:
@@ -114,50 +69,6 @@ class ImageFolder:
         return stored_picture(read_file(self.folder / name), self.resize)
 
 
-class Digits:
-    """The 1,797 scanned digits of 8 x 8 pixels that scikit-learn carries; needs no network."""
-
-    name = "digits"
-
-    def __init__(self) -> None:
-        self._images: np.ndarray | None = None  # (n, 8, 8) uint8
-
-    def listing(self) -> Listing:
-        """Name the digits by their row."""
-        labels = _load_digits()[1].astype(np.int32)
-        names = [f"digit-{row:04d}" for row in range(len(labels))]
-        return Listing(tuple(str(digit) for digit in range(10)), names, labels, [])
-
-    def read(self, name: str, place: None = None) -> Picture:
-        """Return a digit as an 8-bit grey PNG; its 17 levels are spread over 0 .. 255."""
-        del place
-        if self._images is None:
-            self._images = np.round(_load_digits()[0] * (255 / 16)).astype(np.uint8)
-        image = Image.fromarray(self._images[int(name.removeprefix("digit-"))])
-        return Picture(png_bytes(image), "png", *image.size)
-
-
-def sample_key(name: str) -> str:
-    """Turn a picture's name into a WebDataset key: letters, digits, - and _, at most 80 characters, unique.
-
-    A dot would end the key, and two files of one folder may differ by their extension only: hence the hash.
-    """
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(name)[0])[:69]  # noqa: PTH122 (not a path)
-    return f"{readable}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:10]}"
-
-
-def read_file(path: Path) -> bytes:
-    """Return the bytes of a regular file.
-
-    Raises:
-        OSError: it cannot be read, or is something else: a pipe or a device may have no end.
-    """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:  # not to wait for a pipe
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("it is no regular file")
-        return file.readall()
-
-
 def _pictures_below(folder: Path) -> tuple[list[str], int, list[str]]:
     """Return the sorted paths of a folder's pictures below it, the number of other files, and links that lead back.
 
@@ -188,11 +99,3 @@ def _leads_back(folder: Path, path: Path) -> bool:
         return False
     target, trail = path.resolve(), [path.parent, *path.parent.parents]
     return any(parent.resolve().is_relative_to(target) for parent in trail if parent.is_relative_to(folder))
-
-
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return images (n, 8, 8) float64 with levels 0 .. 16, and labels (n,)."""
-    from sklearn.datasets import load_digits  # takes a second to import, and only the demo needs it
-
-    digits = load_digits()
-    return digits.images, digits.target  # pyright: ignore[reportAttributeAccessIssue]

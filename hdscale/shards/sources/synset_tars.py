@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from hdscale.errors import UserError
+from hdscale.shards.sources.base import EXTENSIONS, Listing
 from hdscale.shards.sources.classes import choose_classes
-from hdscale.shards.sources.image_folder import EXTENSIONS, Listing
 from hdscale.shards.sources.packed_names import PackedNames
 from hdscale.shards.sources.stored_picture import Picture, Resize, stored_picture
 from hdscale.shards.tar_reader import shown

@@ -7,7 +7,9 @@ from PIL import Image
 
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
-from hdscale.shards.sources.image_folder import Digits, ImageFolder, sample_key
+from hdscale.shards.sources.base import sample_key
+from hdscale.shards.sources.digits import Digits
+from hdscale.shards.sources.image_folder import ImageFolder
 
 RED = Image.new("RGB", (6, 4), (200, 10, 30))
 

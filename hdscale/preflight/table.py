@@ -1,0 +1,43 @@
+"""The checks of all machines as one table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hdscale.cluster.device import Check
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+_CELL = 34  # letters in a cell of the table
+
+
+def render(columns: Mapping[str, Sequence[Check]]) -> str:
+    """Return a table of checks by machine, machines that are alike in one column, and what to do about failures."""
+    groups: dict[Any, list[str]] = {}
+    for machine, checks in columns.items():
+        groups.setdefault(tuple((check.name, check.ok) for check in checks), []).append(machine)
+    heads = {
+        names[0]: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
+        for names in groups.values()
+    }
+    rows = list(dict.fromkeys(check.name for machine in heads for check in columns[machine]))
+    cells = {machine: {check.name: _cell(check) for check in columns[machine]} for machine in heads}
+    lines = [["", *heads.values()]] + [[row, *(cells[machine].get(row, "") for machine in heads)] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    failures = [
+        f"{machine}: {check.name}: {check.found}; {check.what_to_do}"
+        for machine, checks in columns.items()
+        for check in checks
+        if check.ok is False
+    ]
+    return "\n".join([*text, *(["", "What to do:", *failures] if failures else [])])
+
+
+def _cell(check: Check) -> str:
+    if check.ok is False:
+        return "FAILS"
+    text = f"ok, {check.found}" if check.ok else check.found
+    return text if len(text) <= _CELL else text[: _CELL - 3] + "..."
