@@ -22,7 +22,7 @@ from hdscale.progress import Progress
 from hdscale.shards.indexer import IndexJob, index_split, tar_names
 from hdscale.shards.labels import label_rule
 from hdscale.shards.sources.classes import read_classes
-from hdscale.shards.split import PlanSettings, check_settings
+from hdscale.shards.split import SplitSettings, check_settings
 
 _NAMED_SKIPS = 10
 
@@ -30,7 +30,7 @@ _NAMED_SKIPS = 10
 def main(argv: list[str]) -> int:
     """Index the tars that the arguments name; return the exit code."""
     arguments = _parse(argv)
-    check_settings(PlanSettings(split=arguments.split))
+    check_settings(SplitSettings(split=arguments.split))
     check_workers(arguments.workers)
     classes = None if arguments.classes is None else read_classes(arguments.classes)
     job = IndexJob(

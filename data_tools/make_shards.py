@@ -28,7 +28,7 @@ from hdscale.shards.sources.image_folder import ImageFolder
 from hdscale.shards.sources.packed_names import PackedNames
 from hdscale.shards.sources.stored_picture import DEFAULT_QUALITY, Resize
 from hdscale.shards.sources.synset_tars import SynsetTars
-from hdscale.shards.split import Part, PlanSettings, check_settings, parse_part, plan_splits
+from hdscale.shards.split import MachineShare, SplitSettings, assign_splits, check_settings, parse_part
 from hdscale.shards.writer import SplitJob, finish_split, part_samples, write_part, write_split
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def _make(arguments: argparse.Namespace) -> None:
-    settings = PlanSettings(arguments.split, arguments.val_fraction, arguments.samples_per_shard, arguments.seed)
+    settings = SplitSettings(arguments.split, arguments.val_fraction, arguments.samples_per_shard, arguments.seed)
     check_settings(settings)
     check_workers(arguments.workers)
     part, resize = _part(arguments), _resize(arguments)
@@ -83,14 +83,14 @@ def _warn(listing: Listing) -> None:
 
 
 def _jobs(
-    arguments: argparse.Namespace, settings: PlanSettings, source: Source, listing: Listing, resize: Resize | None
+    arguments: argparse.Namespace, settings: SplitSettings, source: Source, listing: Listing, resize: Resize | None
 ) -> Iterator[SplitJob]:
     """Yield the splits."""
     made_by = {"tool": "make_shards", "source": source.name, "listing": listing.digest(), **settings._asdict()}
     if resize is not None:
         made_by |= {"resize_short": resize.short_side, "quality": resize.quality}
     names = listing.names if isinstance(listing.names, PackedNames) else PackedNames(listing.names)
-    for split, rows in plan_splits(listing, settings).items():
+    for split, rows in assign_splits(listing, settings).items():
         yield SplitJob(
             source=source,
             output=arguments.output,
@@ -109,7 +109,7 @@ def _write_split(job: SplitJob, workers: int) -> Manifest:
         return write_split(job, workers, progress)
 
 
-def _write_part(job: SplitJob, part: Part, workers: int) -> None:
+def _write_part(job: SplitJob, part: MachineShare, workers: int) -> None:
     label = f"{job.split}, part {part.number}/{part.total}"
     with Progress(label, part_samples(job, part), "samples", sys.stderr) as progress:
         write_part(job, part, workers, progress)
@@ -129,7 +129,7 @@ def _report(manifest: Manifest, folder: Path) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    defaults = PlanSettings()
+    defaults = SplitSettings()
     parser = argparse.ArgumentParser(
         prog="make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,7 +162,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _part(arguments: argparse.Namespace) -> Part | None:
+def _part(arguments: argparse.Namespace) -> MachineShare | None:
     if arguments.part is None:
         return None
     if arguments.finish:

@@ -39,9 +39,9 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def _tell(error: UserError | LostRankError) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if error.told_by is None and rank:
+    if error.reported_by is None and rank:
         time.sleep(_RANK_ZERO_HEAD_START)
-    if error.told_by in (None, rank):
+    if error.reported_by in (None, rank):
         where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 

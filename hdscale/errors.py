@@ -7,21 +7,21 @@ class UserError(ValueError):
     The message is one line: the file or field, the rule, the value, and the way out.
     """
 
-    def __init__(self, message: str, *, told_by: int | None = None) -> None:
+    def __init__(self, message: str, *, reported_by: int | None = None) -> None:
         """Take the message.
 
         Args:
             message: see above.
-            told_by: where all ranks raise the same error, the one rank that prints it; None: each prints its own.
+            reported_by: where all ranks raise the same error, the one rank that prints it; None: each prints its own.
         """
         super().__init__(message)
-        self.told_by = told_by
+        self.reported_by = reported_by
 
 
 class LostRankError(RuntimeError):
     """Another rank is gone, and with it the run; the message names it and its host. Exit code 1."""
 
-    def __init__(self, message: str, *, told_by: int) -> None:
+    def __init__(self, message: str, *, reported_by: int) -> None:
         """Take the message and the rank that prints it, as for `UserError`."""
         super().__init__(message)
-        self.told_by = told_by
+        self.reported_by = reported_by

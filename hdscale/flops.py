@@ -277,7 +277,8 @@ def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:
     return 2 * num_tokens**2 * vit.embed_dim
 
 
-def _flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> int:
+def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> int:
+    """Return the FLOPs of one training step per image: student, heads and both teachers, as the recipe uses them."""
     student, mask = distiller.student, recipe.mask
     patches = student.grid_size**2
     depth = teachers.relation.depth if teachers.relation is not None else 0

@@ -16,7 +16,7 @@ import torch
 
 from hdscale.cli import EXIT_DONE, run
 from hdscale.errors import UserError
-from hdscale.evaluation.candidates import student_name, student_subject, summary_subjects
+from hdscale.evaluation.candidates import student_candidate, student_name, summary_subjects
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 def _classify(trained: TrainedRun, how: str, train_samples: int | None, device: torch.device) -> str:
     evaluation = trained.recipe.evaluation
     held_out = open_held_out(trained.recipe.data, evaluation, train_samples=train_samples)
-    features = held_out_features(student_subject(trained), held_out, device, sys.stderr)
+    features = held_out_features(student_candidate(trained), held_out, device, sys.stderr)
     if how == "knn":
         result = knn_accuracy(*features, evaluation.neighbors)
         text = render_knn(result, evaluation.neighbors, held_out.num_train)
@@ -62,9 +62,9 @@ def _classify(trained: TrainedRun, how: str, train_samples: int | None, device: 
 
 def _summary(runs: list[TrainedRun], train_samples: int | None, output: Path | None, device: torch.device) -> str:
     first = runs[0].recipe
-    subjects = summary_subjects(runs)
+    candidates = summary_subjects(runs)
     held_out = open_held_out(first.data, first.evaluation, train_samples=train_samples)
-    rows = [measure(subject, held_out, first.evaluation, device, sys.stderr) for subject in subjects]
+    rows = [measure(candidate, held_out, first.evaluation, device, sys.stderr) for candidate in candidates]
     for trained in runs:
         others = {student_name(run) for run in runs if run is not trained}
         write_curves(trained.folder, curve_scalars([row for row in rows if row.name not in others]))

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from hdscale.shards.sources.image_folder import ImageFolder
-from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
 from hdscale.teachers.files import save_teacher_file
 
@@ -111,7 +111,7 @@ def write_shards(folder: Path, seed: int = 0) -> None:
         coarse.resize((48, 40), Image.Resampling.BICUBIC).save(picture)
     source = ImageFolder(folder / f"pictures-{seed}")
     listing = source.listing()
-    for split, rows in plan_splits(listing, PlanSettings()).items():
+    for split, rows in assign_splits(listing, SplitSettings()).items():
         job = SplitJob(
             source=source,
             output=folder / "shards",

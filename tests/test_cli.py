@@ -7,7 +7,7 @@ from hdscale.cli import exit_code
 from hdscale.errors import LostRankError, UserError
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError, 2), (functools.partial(LostRankError, told_by=0), 1)])
+@pytest.mark.parametrize(("error", "code"), [(UserError, 2), (functools.partial(LostRankError, reported_by=0), 1)])
 def test_a_mistake_is_one_line_however_many_its_message_has(error, code, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
 

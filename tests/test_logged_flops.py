@@ -5,7 +5,7 @@ import torch
 
 from hdscale.config.recipe import Recipe
 from hdscale.distiller import build_distiller
-from hdscale.flops import _flops_per_image, count_flops
+from hdscale.flops import count_flops, step_flops_per_image
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch
@@ -56,7 +56,7 @@ def logged_and_counted(student, feature, relation):
     ids = torch.zeros(1, dtype=torch.int64)
     batch = Batch(torch.zeros(1, 3, GRID * 16, GRID * 16, dtype=torch.uint8), ids, ids, ids, ids, None)
     counted = count_flops(lambda: distiller(batch.images, pair(batch)).total.backward())
-    return _flops_per_image(recipe, distiller, teachers), counted
+    return step_flops_per_image(recipe, distiller, teachers), counted
 
 
 @pytest.mark.parametrize(

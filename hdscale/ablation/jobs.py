@@ -39,7 +39,7 @@ class Job(NamedTuple):
         return self.marker.is_file()
 
 
-class Plan(NamedTuple):
+class RowJobs(NamedTuple):
     """One row under one seed."""
 
     row: Row
@@ -93,14 +93,14 @@ def check_overrides(overrides: Sequence[str], scale: Scale, table: Table) -> Non
             )
 
 
-class Planner:
+class JobBuilder:
     """Turns rows into plans; the same recipe gets the same run folder, whatever row or table it stands in."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folders: dict[str, Path] = {}  # by what a run folder's name ends with
 
-    def plan(self, rows: Sequence[Row], seeds: int) -> list[Plan]:
+    def plan(self, rows: Sequence[Row], seeds: int) -> list[RowJobs]:
         """Resolve rows under seeds 0 .. seeds - 1; a seed's rows stand together: a whole table is there early.
 
         Raises:
@@ -109,7 +109,7 @@ class Planner:
         # A teacher is measured once: it has no seed.
         return [self.row(row, seed) for seed in range(seeds) for row in rows if seed == 0 or not row.model]
 
-    def row(self, row: Row, seed: int) -> Plan:
+    def row(self, row: Row, seed: int) -> RowJobs:
         """Resolve one row."""
         table, scale, _, _ = self._settings
         try:
@@ -117,20 +117,20 @@ class Planner:
         except UserError as error:
             raise UserError(f"table {table.key}, row {row.key}, scale {scale.name}: {error}") from error
 
-    def _teacher_row(self, row: Row) -> Plan:
+    def _teacher_row(self, row: Row) -> RowJobs:
         _, scale, _, added = self._settings
         overrides = [*scale.overrides, "relation_teacher=null", f"feature_teacher={row.model}", "mask.strategy=none"]
         resolved, jobs = self._resolve([*overrides, *added], seed=0)
         recipe = load_recipe(scale.recipe, resolved)
-        return Plan(row, 0, recipe, tuple(jobs), None)
+        return RowJobs(row, 0, recipe, tuple(jobs), None)
 
-    def _student_row(self, row: Row, seed: int) -> Plan:
+    def _student_row(self, row: Row, seed: int) -> RowJobs:
         table, scale, output, added = self._settings
         own = [*scale.overrides, *table.base, *row.overrides, *(row.demo if scale.is_demo else row.full), *added]
         resolved, jobs = self._resolve(_last_of_each(own), seed)
         resolved += [f"run.root={output / 'runs'}", f"run.seed={seed}"]
         recipe = load_recipe(scale.recipe, resolved)
-        if scale.stores_masks and recipe.mask.by_teacher and recipe.mask.source == "store":
+        if scale.stores_masks and recipe.mask.chosen_by_teacher and recipe.mask.source == "store":
             store = output / "masks" / f"{_mask_digest(recipe, output)}-seed{seed}"
             resolved.append(f"mask.store={store}")
             arguments = ("--recipe", str(scale.recipe), *resolved)
@@ -139,7 +139,7 @@ class Planner:
         folder = self._run_folder(row, recipe, seed)
         resolved.append(f"run.name={folder.name}")
         train = Job(folder.name, "launch/train.py", ("--recipe", str(scale.recipe), *resolved), folder / "DONE")
-        return Plan(row, seed, load_recipe(scale.recipe, resolved), (*jobs, train), folder)
+        return RowJobs(row, seed, load_recipe(scale.recipe, resolved), (*jobs, train), folder)
 
     def _run_folder(self, row: Row, recipe: Recipe, seed: int) -> Path:
         """Return the folder that a row, maybe another table's, has given this recipe, or a new one's name."""

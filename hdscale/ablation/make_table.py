@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import torch
 
-from hdscale.ablation.jobs import Planner
+from hdscale.ablation.jobs import JobBuilder
 from hdscale.ablation.measuring import measure_plan
 from hdscale.ablation.rendering import Report, render_csv, render_markdown
 from hdscale.ablation.results import RowResult
@@ -23,7 +23,7 @@ from hdscale.staging import staged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hdscale.ablation.jobs import Plan, Settings
+    from hdscale.ablation.jobs import RowJobs, Settings
     from hdscale.ablation.measuring import Measures
     from hdscale.ablation.table import Row
 
@@ -38,13 +38,13 @@ class Ablation(NamedTuple):
     seeds: int
     command: str  # as the person typed it, for the table's file
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[RowJobs]:
         """Resolve the rows under all seeds."""
-        return Planner(self.settings).plan(self.rows, self.seeds)
+        return JobBuilder(self.settings).plan(self.rows, self.seeds)
 
-    def plans_done(self) -> list[Plan]:
+    def plans_done(self) -> list[RowJobs]:
         """Resolve the table's other rows, as far as they are trained: its file goes on showing them."""
-        planner = Planner(self.settings)
+        planner = JobBuilder(self.settings)
         done = []
         for row in self.settings.table.rows:
             if row in self.rows or row.model:
@@ -74,7 +74,7 @@ def ablate(ablation: Ablation, launcher: Launcher, stream: TextIO | None) -> int
     measures: dict[str, Measures] = {}
     failures = Failures()
 
-    def finished(plan: Plan) -> None:
+    def finished(plan: RowJobs) -> None:
         measures[plan.label] = measure_plan(
             plan, output / "measures", train_samples=scale.train_samples, device=device, stream=stream
         )
@@ -97,7 +97,7 @@ def table_files(settings: Settings) -> tuple[Path, Path]:
     return settings.output / f"{name}.md", settings.output / f"{name}.csv"
 
 
-def _write(ablation: Ablation, plans: Sequence[Plan], measures: dict[str, Measures], failures: Failures) -> None:
+def _write(ablation: Ablation, plans: Sequence[RowJobs], measures: dict[str, Measures], failures: Failures) -> None:
     settings = ablation.settings
     table, scale = settings.table, settings.scale
     results = []

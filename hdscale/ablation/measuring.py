@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from hdscale.analysis.curves import AttentionCurves
 from hdscale.evaluation.accuracy import Accuracy
-from hdscale.evaluation.candidates import student_subject, teacher_subject
+from hdscale.evaluation.candidates import student_candidate, teacher_candidate
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
@@ -22,8 +22,8 @@ from hdscale.student.load import load_decoder
 if TYPE_CHECKING:
     import torch
 
-    from hdscale.ablation.jobs import Plan
-    from hdscale.evaluation.candidates import Subject
+    from hdscale.ablation.jobs import RowJobs
+    from hdscale.evaluation.candidates import Candidate
 
 _FORMAT = 2
 _PARTS = ("knn", "probe", "curves", "decoder_curves")
@@ -42,7 +42,7 @@ class Measures(NamedTuple):
 
 
 def measure_plan(
-    plan: Plan, kept: Path, *, train_samples: int | None, device: torch.device, stream: TextIO | None
+    plan: RowJobs, kept: Path, *, train_samples: int | None, device: torch.device, stream: TextIO | None
 ) -> Measures:
     """Measure a plan whose jobs are done, or read what was measured before.
 
@@ -74,36 +74,36 @@ def measure_plan(
     return measures
 
 
-def _measure(plan: Plan, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
+def _measure(plan: RowJobs, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
     gflops = environment = decoder = None
     if plan.folder is None:
-        subject = _teacher(plan)
+        candidate = _teacher(plan)
     else:
         trained = read_run(plan.folder)
-        subject = student_subject(trained)
-        assert isinstance(subject.model, Student)
-        decoder = load_decoder(trained.recipe.student, subject.model, trained.weights)
+        candidate = student_candidate(trained)
+        assert isinstance(candidate.model, Student)
+        decoder = load_decoder(trained.recipe.student, candidate.model, trained.weights)
         steps = [line["flops_per_image"] for line in read_metrics(plan.folder) if line.get("flops_per_image")]
         gflops = steps[-1] / 1e9 if steps else None
         environment = json.loads((plan.folder / "environment.json").read_text())
     recipe = plan.recipe
     held_out = open_held_out(recipe.data, recipe.evaluation, train_samples=train_samples)
-    features = held_out_features(subject, held_out, device, stream)
-    curves = measure_attention(subject, held_out, recipe.evaluation.attention_images, device)
+    features = held_out_features(candidate, held_out, device, stream)
+    curves = measure_attention(candidate, held_out, recipe.evaluation.attention_images, device)
     assert curves is not None, "a model has attention"
     decoder_curves = None
     if decoder is not None:
-        assert isinstance(subject.model, Student)
+        assert isinstance(candidate.model, Student)
         images = recipe.evaluation.attention_images
-        decoder_curves = measure_decoder_attention(subject.model, decoder, held_out, images, device)
+        decoder_curves = measure_decoder_attention(candidate.model, decoder, held_out, images, device)
     knn, probe = knn_accuracy(*features, recipe.evaluation.neighbors), linear_probe(*features)
-    return Measures(knn, probe, curves, decoder_curves, gflops, subject.images_per_second, environment)
+    return Measures(knn, probe, curves, decoder_curves, gflops, candidate.images_per_second, environment)
 
 
-def _teacher(plan: Plan) -> Subject:
+def _teacher(plan: RowJobs) -> Candidate:
     recipe = plan.recipe
     assert recipe.feature_teacher is not None
-    return teacher_subject(
+    return teacher_candidate(
         recipe.feature_teacher, student_grid_size(recipe.student, recipe.data.img_size), f"row {plan.row.key}"
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import psutil
 
 from hdscale.ablation.scales import ROOT
-from hdscale.cluster.launcher import _deepspeed, _free_port
+from hdscale.cluster.launcher import deepspeed_script, free_port
 from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
-    from hdscale.ablation.jobs import Job, Plan
+    from hdscale.ablation.jobs import Job, RowJobs
     from hdscale.ablation.scales import Scale, Training
 
 _TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")
@@ -53,7 +53,7 @@ class Launcher(NamedTuple):
         script = str(ROOT / job.script)
         if not job.on_ranks:
             return [sys.executable if port else "python", script, *job.arguments]
-        start = [sys.executable, _deepspeed()] if port else ["deepspeed"]
+        start = [sys.executable, deepspeed_script()] if port else ["deepspeed"]
         hosts = [] if self.hostfile is None else ["--hostfile", str(self.hostfile)]
         quiet = ["--quiet", "--master_port", str(port)] if port else []
         return [*start, *quiet, *hosts, "--num_gpus", str(self.ranks), script, *job.arguments]
@@ -70,7 +70,7 @@ class Launcher(NamedTuple):
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
-                command = self.command(job, _free_port())
+                command = self.command(job, free_port())
                 has_ranks = job.on_ranks and self.hostfile is None
                 code = _wait(command, self._environment(), file, has_ranks=has_ranks)
         except OSError as error:
@@ -109,7 +109,7 @@ class Failures:
 
 
 def run_plans(
-    plans: Sequence[Plan], run: Callable[[Job], str | None], finished: Callable[[Plan], None], failures: Failures
+    plans: Sequence[RowJobs], run: Callable[[Job], str | None], finished: Callable[[RowJobs], None], failures: Failures
 ) -> None:
     """Do what plans need and is not done yet, in order; a plan whose job fails is noted, and the next one begins.
 
@@ -138,7 +138,7 @@ def run_plans(
             failures.add(plan.label, reason)
 
 
-def listing(plans: Sequence[Plan], launcher: Launcher) -> str:
+def listing(plans: Sequence[RowJobs], launcher: Launcher) -> str:
     """Return all rows and, below each, the commands that are first needed for it."""
     shown: set[Path] = set()
     lines = []

@@ -160,7 +160,7 @@ class _Steps:
         self.targets = ""
         self.held: dict[str, int] = {}
         self._collectives = watch_collectives()
-        self._batches = iter(run_loader(session.run, session.ranks, 0, _STEPS, session.keep_indices))
+        self._batches = iter(run_loader(session.run, session.ranks, 0, _STEPS, session.look_up_masks))
         self._tokens: Tokens | None = None
 
     def run_one(self) -> None:
@@ -170,7 +170,7 @@ class _Steps:
         for micro_step in range(self.trial.accumulation):
             seed_everything(session.run.recipe.run.seed, 0, micro_step, session.ranks.rank)
             with LiveBytes() as teachers_made, label_gathers(teachers_made):
-                images, targets = session.prepare(to_device(next(self._batches), session.ranks))
+                images, targets = session.ask_teachers(to_device(next(self._batches), session.ranks))
             parts["teachers"].append(self._collectives.read())
             with LiveBytes() as made, label_gathers(made), most_in_buckets(engine) as buckets:
                 terms = engine(images, targets)
@@ -192,7 +192,7 @@ class _Steps:
             parts["student"].append(self._collectives.read())
         self.traffic = {who: _together(traffics) for who, traffics in parts.items()}
         self.held["between steps"] = held_bytes(engine)["gathered"]
-        self.held["teachers"] = sum(parameter_bytes(teacher) for teacher in session.hosted.values())
+        self.held["teachers"] = sum(parameter_bytes(teacher) for teacher in session.teacher_engines.values())
 
     def memory_figures(self, teacher_ds_config: Mapping[str, Any]) -> list[Figure]:
         run, held = self.session.run, self.held

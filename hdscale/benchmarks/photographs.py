@@ -13,7 +13,7 @@ from PIL import Image
 from hdscale.hashing import hash_int, uniform_int
 from hdscale.shards.sources.base import Listing
 from hdscale.shards.sources.stored_picture import Picture
-from hdscale.shards.split import PlanSettings
+from hdscale.shards.split import SplitSettings
 from hdscale.shards.writer import SplitJob, write_split
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _photographs() -> list[np.ndarray]:
 
 def make_photo_shards(folder: Path, count: int, progress: Callable[[int], None]) -> None:
     """Write `count` photos into the split `train` of an empty folder; progress is told how many are done."""
-    source, settings = Photos(count), PlanSettings(samples_per_shard=-(-count // _SHARDS))
+    source, settings = Photos(count), SplitSettings(samples_per_shard=-(-count // _SHARDS))
     listing = source.listing()
     job = SplitJob(
         source=source,

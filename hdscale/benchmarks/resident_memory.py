@@ -95,8 +95,8 @@ def measure_resident(
 
 def _train(session: Session, steps: int) -> Tokens:
     tokens = None
-    for batch in run_loader(session.run, session.ranks, 0, steps, session.keep_indices):
-        images, targets = session.prepare(to_device(batch, session.ranks))
+    for batch in run_loader(session.run, session.ranks, 0, steps, session.look_up_masks):
+        images, targets = session.ask_teachers(to_device(batch, session.ranks))
         terms = session.engine(images, targets)
         session.engine.backward(terms.total)
         session.engine.step()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented there
 
 from hdscale.cluster.launcher import check_hostfile, planned_hosts
-from hdscale.cluster.rendezvous import _POLL_SECONDS, _READY_SECONDS, Rendezvous, _one_line, name_ranks
+from hdscale.cluster.rendezvous import POLL_SECONDS, READY_SECONDS, Rendezvous, name_ranks, one_line
 from hdscale.config.loading import flat_fields
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
@@ -62,7 +62,7 @@ def meeting() -> Iterator[Rendezvous]:
     if _current is not None:
         yield _current
         return
-    with _meeting({}, _READY_SECONDS) as place:
+    with _meeting({}, READY_SECONDS) as place:
         yield place
 
 
@@ -77,7 +77,7 @@ def _meeting(facts: Mapping[str, Any], seconds: float) -> Iterator[Rendezvous]:
         try:
             yield place
         except UserError as error:
-            if error.told_by is None:
+            if error.reported_by is None:
                 place.refuse(error)
             raise
         except Exception as error:
@@ -108,7 +108,7 @@ def _arrive(facts: Mapping[str, Any], seconds: float) -> Rendezvous:
         raise UserError(
             f"{name_ranks(missing, planned)} did not come within {seconds:g} s (run.rendezvous_seconds): see what "
             "SSH and its own processes say; `python launch/preflight.py --hostfile HOSTS` checks every host",
-            told_by=0,
+            reported_by=0,
         )
     everyone = [json.loads(place.store.get(f"arrived/{other}")) for other in range(world_size)]
     hosts = [one["host"] for one in everyone]
@@ -133,7 +133,7 @@ def check_same(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str | None]) 
             raise UserError(
                 f"{name_ranks(others, hosts)}: has another {name} ({values[others[0]]}) than {name_ranks([0], hosts)} "
                 f"({values[0]}): give all hosts the same files, devices and versions",
-                told_by=0,
+                reported_by=0,
             )
 
 
@@ -158,7 +158,7 @@ def _open_store(rank: int, host: str | None, seconds: float) -> Any:
         )
     except dist.DistError as error:
         raise UserError(
-            f"{where}: ranks cannot meet there ({_one_line(str(error))[:100]}); another run may hold the port: give "
+            f"{where}: ranks cannot meet there ({one_line(str(error))[:100]}); another run may hold the port: give "
             "the launcher another --master_port"
         ) from error
     # A restart by torchrun meets in the same store.
@@ -176,7 +176,7 @@ def _unanswered(address: str, port: int, seconds: float) -> str | None:
         except OSError as error:
             if time.monotonic() > deadline:
                 return error.strerror or str(error)
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager

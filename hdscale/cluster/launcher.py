@@ -101,7 +101,7 @@ def _hostfile_argument(arguments: list[str]) -> str | None:
     return None
 
 
-def find_own_tools() -> None:
+def add_own_tools_to_path() -> None:
     """Put this Python's folder on the PATH: DeepSpeed looks for ninja there.
 
     A process that was started over SSH has not activated its virtual environment; it would find no ninja, or the
@@ -112,7 +112,8 @@ def find_own_tools() -> None:
         os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
 
 
-def _deepspeed() -> str:
+def deepspeed_script() -> str:
+    """Return DeepSpeed's launcher: the one beside this Python, or the one on the PATH."""
     beside = Path(sys.executable).parent / "deepspeed"
     found = str(beside) if beside.is_file() else shutil.which("deepspeed")
     if found is None:
@@ -120,7 +121,7 @@ def _deepspeed() -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Two launches on one machine must not meet at the launcher's default port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

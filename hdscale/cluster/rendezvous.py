@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-_READY_SECONDS = 1800.0
+READY_SECONDS = 1800.0
 """Until all ranks have read their shards and built their teachers, which one host may have to fetch first."""
 
 
@@ -25,7 +25,7 @@ _FAREWELL_SECONDS = 10.0
 """How long an ending rank listens for what has happened to the others."""
 
 
-_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 _ROLL_CALL_POLL_SECONDS = 1.0
@@ -78,10 +78,10 @@ class Rendezvous:
     def refuse(self, error: UserError) -> None:
         """Tell all ranks why this one will not go on, and find out whether rank 0 says the same."""
         with contextlib.suppress(dist.DistError):
-            self._post(UserError(f"{name_ranks([self.rank], self.hosts)}: {error}", told_by=0))
+            self._post(UserError(f"{name_ranks([self.rank], self.hosts)}: {error}", reported_by=0))
             self.store.set(f"refused/{self.rank}", str(error))
             if self.rank and self._says(0, str(error)):
-                error.told_by = 0
+                error.reported_by = 0
             self._leave()
 
     def wait_until_ready(self) -> None:
@@ -92,11 +92,11 @@ class Rendezvous:
             LostRankError: another rank has failed.
         """
         self.store.set(f"ready/{self.rank}", "")
-        if missing := self.missing("ready", _READY_SECONDS):
+        if missing := self.missing("ready", READY_SECONDS):
             raise UserError(
-                f"{name_ranks(missing, self.hosts)} did not get ready within {_READY_SECONDS / 60:.0f} minutes: "
+                f"{name_ranks(missing, self.hosts)} did not get ready within {READY_SECONDS / 60:.0f} minutes: "
                 "see its own messages, and what it was doing (reading shards, fetching or building teachers)",
-                told_by=0,
+                reported_by=0,
             )
 
     def explain(self, error: Exception) -> Exception:
@@ -111,7 +111,7 @@ class Rendezvous:
         try:
             if not _is_broken_connection(error):
                 who, what = name_ranks([self.rank], self.hosts), f"{type(error).__name__}: {error}"
-                self._post(LostRankError(f"{who} failed, see its traceback: {_one_line(what)[:300]}", told_by=0))
+                self._post(LostRankError(f"{who} failed, see its traceback: {one_line(what)[:300]}", reported_by=0))
                 self._leave()
                 return error
             self.store.set(_ROLL_CALL, "")
@@ -142,7 +142,7 @@ class Rendezvous:
             missing = [rank for rank in missing if not self.store.check([f"{what}/{rank}"])]
             if not missing or time.monotonic() > deadline:
                 return missing
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _answer_roll_calls(self, store: Any) -> None:
         """Answer in a thread: a rank whose own connections are whole waits in its collective for ever."""
@@ -157,19 +157,19 @@ class Rendezvous:
             f"{name_ranks(ranks, self.hosts)} ended without a word: the process was killed, memory ran out, or the "
             "host or its network is down; mend that and start the same command again: it goes on from the last "
             "checkpoint",
-            told_by=min(set(range(self.world_size)) - set(ranks), default=0),
+            reported_by=min(set(range(self.world_size)) - set(ranks), default=0),
         )
 
     def _post(self, error: UserError | LostRankError) -> None:
         """Write down why the meeting ends; the first reason stays."""
-        text = json.dumps([isinstance(error, UserError), str(error), error.told_by])
+        text = json.dumps([isinstance(error, UserError), str(error), error.reported_by])
         self.store.compare_set(_END, "", text)
 
     def _posted(self, store: Any) -> UserError | LostRankError | None:
         if not store.check([_END]):
             return None
-        is_mistake, text, told_by = json.loads(store.get(_END))
-        return (UserError if is_mistake else LostRankError)(text, told_by=told_by)
+        is_mistake, text, reported_by = json.loads(store.get(_END))
+        return (UserError if is_mistake else LostRankError)(text, reported_by=reported_by)
 
     def _says(self, rank: int, reason: str) -> bool:
         """Wait a little for another rank's refusal; tell whether it is the same."""
@@ -177,7 +177,7 @@ class Rendezvous:
         while not self.store.check([f"refused/{rank}"]):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return self.store.get(f"refused/{rank}").decode() == reason
 
     def _leave(self) -> None:
@@ -213,5 +213,6 @@ def _is_broken_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return a text without line breaks and runs of spaces."""
     return " ".join(text.split())

@@ -257,7 +257,7 @@ class MaskConfig(Section):
         return self
 
     @property
-    def by_teacher(self) -> bool:
+    def chosen_by_teacher(self) -> bool:
         """Whether the relation teacher chooses the tokens, ahead of training or in the step."""
         return self.strategy in ("direct", "progressive")
 
@@ -384,9 +384,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.mask.by_teacher and self.mask.source == "online" and self.relation_teacher is None:
+        if self.mask.chosen_by_teacher and self.mask.source == "online" and self.relation_teacher is None:
             raise ValueError(f"mask.strategy {self.mask.strategy} with mask.source online needs a relation_teacher")
-        if self.mask.by_teacher and self.mask.source == "store" and self.data.views == "fresh":
+        if self.mask.chosen_by_teacher and self.mask.source == "store" and self.data.views == "fresh":
             raise ValueError("mask.source store needs a number of data.views; fresh views need mask.source online")
         if self.schedule.warmup_epochs >= self.schedule.epochs:
             raise ValueError(
@@ -416,4 +416,4 @@ class Recipe(Section):
 
 def masks_are_online(mask: MaskConfig) -> bool:
     """Tell whether the relation teacher chooses tokens in the step."""
-    return mask.by_teacher and mask.source == "online"
+    return mask.chosen_by_teacher and mask.source == "online"

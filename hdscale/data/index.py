@@ -124,7 +124,7 @@ class ShardSet:
         """Class names by label."""
         return self.manifest.classes
 
-    def announce(self, sample_ids: np.ndarray) -> None:
+    def prefetch(self, sample_ids: np.ndarray) -> None:
         """Let the kernel fetch the bytes of pictures that will be read soon, all at once, while others are decoded.
 
         A shard that cannot be opened is passed over: `read` tells.

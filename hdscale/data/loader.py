@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hdscale.config.recipe import DataConfig
     from hdscale.data.index import ShardSet
     from hdscale.data.order import Order
-    from hdscale.data.samples import KeepIndices
+    from hdscale.data.samples import MaskLookup
 
 
 _logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class TrainLoader:
         world_size: int,
         start_step: int,
         num_steps: int,
-        keep_indices: KeepIndices | None = None,
+        look_up_masks: MaskLookup | None = None,
     ) -> None:
         """Plan steps start_step .. start_step + num_steps - 1.
 
@@ -76,13 +76,14 @@ class TrainLoader:
             world_size: number of ranks.
             start_step: first optimizer step that is served.
             num_steps: optimizer steps that are served from there on.
-            keep_indices: takes sample ids (B,) and views (B,), returns (B, K) ascending indices of kept tokens; runs in
-                the workers, so it must be picklable where processes are spawned.
+            look_up_masks: takes sample ids (B,) and views (B,), returns (B, K) ascending indices of kept tokens; runs
+                in the workers, so it must be picklable where processes are spawned.
         """
         self.accumulation = accumulation_steps(global_batch_size, micro_batch_size, world_size)
         steps = range(start_step, start_step + num_steps)
         positions = _TrainPositions(steps, rank, world_size, micro_batch_size, self.accumulation)
-        self._loader = _data_loader(_TrainDataset(shards, order, config, seed, keep_indices), positions, config.workers)
+        dataset = _TrainDataset(shards, order, config, seed, look_up_masks)
+        self._loader = _data_loader(dataset, positions, config.workers)
 
     def __len__(self) -> int:
         """Return the number of micro-batches."""
@@ -92,7 +93,7 @@ class TrainLoader:
         """Yield `accumulation` micro-batches a step.
 
         Raises:
-            UserError: neither a sample nor its substitutes can be shown, or `keep_indices` raised it.
+            UserError: neither a sample nor its substitutes can be shown, or `look_up_masks` raised it.
         """
         return _unpack(self._loader)
 
@@ -167,15 +168,15 @@ class _TrainPositions:
 
 class _TrainDataset(Dataset):
     def __init__(
-        self, shards: ShardSet, order: Order, config: DataConfig, seed: int, keep_indices: KeepIndices | None
+        self, shards: ShardSet, order: Order, config: DataConfig, seed: int, look_up_masks: MaskLookup | None
     ) -> None:
         self._shards, self._order, self._config, self._seed = shards, order, config, seed
-        self._keep_indices = keep_indices
+        self._look_up_masks = look_up_masks
 
     def __getitem__(self, positions: np.ndarray) -> tuple[Any, ...] | UserError:
         sample_ids, epochs = samples_at(self._order, positions)
         views = view_number(self._config, epochs)
-        return _pack(load_batch(self._shards, self._config, self._seed, sample_ids, views, epochs, self._keep_indices))
+        return _pack(load_batch(self._shards, self._config, self._seed, sample_ids, views, epochs, self._look_up_masks))
 
 
 class _SequentialDataset(Dataset):

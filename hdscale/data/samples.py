@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hdscale.config.recipe import DataConfig
     from hdscale.data.index import ShardSet
 
-    KeepIndices = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
+    MaskLookup = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
 
 EVAL_VIEW = -1
 """`Batch.views` of samples that are shown without augmentation."""
@@ -38,7 +38,7 @@ def load_batch(
     sample_ids: np.ndarray,
     views: np.ndarray,
     epochs: np.ndarray,
-    keep_indices: KeepIndices | None = None,
+    look_up_masks: MaskLookup | None = None,
 ) -> Batch | UserError:
     """Read, decode and cut the samples of one batch and look their masks up.
 
@@ -49,7 +49,7 @@ def load_batch(
         sample_ids: (B,) rows of the index; a bad one is replaced, see `substitute`.
         views: (B,) augmented views, or EVAL_VIEW.
         epochs: (B,) handed on.
-        keep_indices: takes the ids that are shown (B,) and views (B,), returns (B, K) ascending indices.
+        look_up_masks: takes the ids that are shown (B,) and views (B,), returns (B, K) ascending indices.
 
     Returns:
         The batch; or a user's error, unraised: an exception that leaves a worker process is wrapped into a traceback of
@@ -58,12 +58,12 @@ def load_batch(
     shown_ids, bad = np.array(sample_ids), []
     shape = (len(sample_ids), 3, config.img_size, config.img_size)
     images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)  # as views come
-    shards.announce(sample_ids)
+    shards.prefetch(sample_ids)
     try:
         for place, (sample_id, view) in enumerate(zip(sample_ids.tolist(), views.tolist(), strict=True)):
             images[place], shown_ids[place], found = _show(shards, config, seed, sample_id, view)
             bad += found
-        kept = None if keep_indices is None else torch.as_tensor(keep_indices(shown_ids, views))
+        kept = None if look_up_masks is None else torch.as_tensor(look_up_masks(shown_ids, views))
     except UserError as error:
         return error
     return Batch(

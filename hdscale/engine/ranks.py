@@ -17,7 +17,7 @@ from deepspeed.utils.logging import set_log_level_from_string
 
 from hdscale.cluster.arrival import meeting
 from hdscale.cluster.device import quick_check
-from hdscale.cluster.launcher import find_own_tools
+from hdscale.cluster.launcher import add_own_tools_to_path
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def distributed() -> Iterator[Ranks]:
     with meeting() as place:
         if place.launched:
             _follow_the_launcher()
-        find_own_tools()
+        add_own_tools_to_path()
         device = _take_device()
         quick_check(device, "auto")  # what the recipe asks of the precision is checked with the recipe
         place.wait_until_ready()

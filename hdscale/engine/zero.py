@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from hdscale.engine.ranks import DTYPES
-from hdscale.engine.zero_internals import _create_moments, _inner, let_go_of_gathered
+from hdscale.engine.zero_internals import create_moments, inner_module, release_gathered_weights
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def build_student_engine(module: nn.Module, ds_config: dict[str, Any], optim: Op
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     # A teacher's process groups must never become the student's: it would silently train on fewer ranks.
     assert engine.dp_world_size == torch.distributed.get_world_size()
-    _create_moments(engine)
+    create_moments(engine)
     if engine.zero_optimization_stage() == 3:
-        let_go_of_gathered(module)
+        release_gathered_weights(module)
     return engine
 
 
@@ -163,7 +163,7 @@ class _HostMesh:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """Gather a possibly sharded module's parameters and buffers on the CPU; every rank has to call it."""
-    inner = _inner(module)
+    inner = inner_module(module)
     state: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in inner.named_buffers()}
     for name, parameter in inner.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

@@ -22,7 +22,7 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
 
 
-def let_go_of_gathered(module: nn.Module) -> None:
+def release_gathered_weights(module: nn.Module) -> None:
     """Have the graph of a module that ZeRO-3 has sharded refer to its parameters instead of keeping their memory.
 
     `F.linear` saves a transposed view of its weight, which keeps what was gathered for the forward pass until the
@@ -62,7 +62,7 @@ Engine: TypeAlias = Any
 
 def held_elements(module: nn.Module) -> int:
     """Count the parameter elements that this rank holds now, sharded or whole."""
-    inner = _inner(module)
+    inner = inner_module(module)
     count = 0
     for parameter in inner.parameters():
         share = getattr(parameter, "ds_tensor", None)
@@ -70,13 +70,14 @@ def held_elements(module: nn.Module) -> int:
     return count
 
 
-def _inner(module: nn.Module) -> nn.Module:
+def inner_module(module: nn.Module) -> nn.Module:
+    """Return what an engine wraps; anything else is returned as it is."""
     inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
     assert isinstance(inner, nn.Module)
     return inner
 
 
-def _create_moments(engine: Engine) -> None:
+def create_moments(engine: Engine) -> None:
     """Create AdamW's state now instead of at its first step.
 
     A checkpoint can then be restored before that step; and ZeRO-2 links each parameter to its moments once, inside the

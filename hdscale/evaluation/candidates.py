@@ -35,13 +35,13 @@ def student_name(run: TrainedRun) -> str:
     return f"student {run.folder.name}"
 
 
-def student_subject(run: TrainedRun) -> Subject:
+def student_candidate(run: TrainedRun) -> Candidate:
     """Rebuild a run's student."""
     student = load_student(run.recipe.student, run.recipe.data.img_size, run.weights)
-    return Subject(student_name(run), "student", student, run.images_per_second)
+    return Candidate(student_name(run), "student", student, run.images_per_second)
 
 
-def summary_subjects(runs: Sequence[TrainedRun]) -> list[Subject]:
+def summary_subjects(runs: Sequence[TrainedRun]) -> list[Candidate]:
     """List pixels, the first run's untrained student, every teacher once, and all students.
 
     Raises:
@@ -50,8 +50,8 @@ def summary_subjects(runs: Sequence[TrainedRun]) -> list[Subject]:
     _check_comparable(runs)
     first = runs[0].recipe
     untrained = build_student(first.student, first.data.img_size, seed=first.run.seed)
-    students = [student_subject(run) for run in runs]
-    teachers: dict[tuple[TeacherConfig, int], Subject] = {}
+    students = [student_candidate(run) for run in runs]
+    teachers: dict[tuple[TeacherConfig, int], Candidate] = {}
     for run, student in zip(runs, students, strict=True):
         assert student.model is not None
         grid_size = student.model.grid_size
@@ -61,27 +61,29 @@ def summary_subjects(runs: Sequence[TrainedRun]) -> list[Subject]:
                 continue
             config = config.model_copy(update={"sharding": "replicate"})  # says how it runs, not what it is
             if (config, grid_size) not in teachers:
-                teachers[config, grid_size] = teacher_subject(config, grid_size, field)
+                teachers[config, grid_size] = teacher_candidate(config, grid_size, field)
     return [
-        Subject("raw pixels", "baseline", None),
-        Subject("random student", "baseline", untrained.eval()),
+        Candidate("raw pixels", "baseline", None),
+        Candidate("random student", "baseline", untrained.eval()),
         *_with_distinct_names(teachers),
         *students,
     ]
 
 
-def _with_distinct_names(teachers: Mapping[tuple[TeacherConfig, int], Subject]) -> list[Subject]:
+def _with_distinct_names(teachers: Mapping[tuple[TeacherConfig, int], Candidate]) -> list[Candidate]:
     """Append to names that teachers share what tells them apart: the file's folder, its path, or else a number."""
-    names = [subject.name for subject in teachers.values()]
-    subjects = []
-    for subject in teachers.values():
-        alike = [other.weights for (other, _), name in zip(teachers, names, strict=True) if name == subject.name]
-        place = names[: len(subjects)].count(subject.name)  # among those alike
+    names = [candidate.name for candidate in teachers.values()]
+    candidates = []
+    for candidate in teachers.values():
+        alike = [other.weights for (other, _), name in zip(teachers, names, strict=True) if name == candidate.name]
+        place = names[: len(candidates)].count(candidate.name)  # among those alike
         folders = [Path(weights).parent.name for weights in alike]
         numbers = [str(number) for number in range(1, len(alike) + 1)]
         details = next(each for each in (folders, alike, numbers) if len(set(each) - {""}) == len(each))
-        subjects.append(subject if len(alike) == 1 else subject._replace(name=f"{subject.name} ({details[place]})"))
-    return subjects
+        candidates.append(
+            candidate if len(alike) == 1 else candidate._replace(name=f"{candidate.name} ({details[place]})")
+        )
+    return candidates
 
 
 def _check_comparable(runs: Sequence[TrainedRun]) -> None:
@@ -107,7 +109,7 @@ _METHODS = {"mae": "MAE", "supervised": "supervised"}
 """How the summary calls a teacher file's `kind`."""
 
 
-class Subject(NamedTuple):
+class Candidate(NamedTuple):
     """One row of the summary, before it is measured."""
 
     name: str
@@ -116,11 +118,11 @@ class Subject(NamedTuple):
     images_per_second: float | None = None  # of its training
 
 
-def teacher_subject(config: TeacherConfig, grid_size: int, field: str) -> Subject:
+def teacher_candidate(config: TeacherConfig, grid_size: int, field: str) -> Candidate:
     """Build a teacher whole, on the student's grid, named after how it was trained."""
     if config.source == "file":
         kind = load_teacher_file(config.weights, f"{field}.weights").kind
         name = f"{_METHODS.get(kind, kind)} teacher"
     else:
         name = f"teacher {config.name} ({config.weights})"
-    return Subject(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))
+    return Candidate(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hdscale.config.recipe import EvaluationConfig
     from hdscale.evaluation.accuracy import Accuracy
-    from hdscale.evaluation.candidates import Role, Subject
+    from hdscale.evaluation.candidates import Candidate, Role
     from hdscale.evaluation.held_out import HeldOut
     from hdscale.student.build import Student
     from hdscale.student.decoder import TransformerDecoder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hdscale.types import ViTOutput
 
 
-class Row(NamedTuple):
+class SummaryRow(NamedTuple):
     """One row of the summary."""
 
     name: str
@@ -36,16 +36,16 @@ class Row(NamedTuple):
     images_per_second: float | None
 
 
-def held_out_features(subject: Subject, held_out: HeldOut, device: torch.device, stream: TextIO | None) -> Features:
+def held_out_features(candidate: Candidate, held_out: HeldOut, device: torch.device, stream: TextIO | None) -> Features:
     """Take mean-pooled patch tokens, or pixels, of both sides.
 
     Args:
-        subject: moved to the device.
+        candidate: moved to the device.
         held_out: both sides.
         device: where the model runs.
         stream: where to show progress.
     """
-    model = None if subject.model is None else subject.model.to(device).eval()
+    model = None if candidate.model is None else candidate.model.to(device).eval()
 
     def encode(images: Tensor) -> Tensor:
         if model is None:
@@ -54,26 +54,26 @@ def held_out_features(subject: Subject, held_out: HeldOut, device: torch.device,
         assert tokens is not None
         return pooled(tokens)
 
-    with Progress(f"features, {subject.name}", held_out.num_train + held_out.num_val, "images", stream) as progress:
+    with Progress(f"features, {candidate.name}", held_out.num_train + held_out.num_val, "images", stream) as progress:
         train = extract_features(encode, held_out.train, progress)
         val = extract_features(encode, held_out.val, progress)
     return Features(*train, *val)
 
 
 def measure_attention(
-    subject: Subject, held_out: HeldOut, num_images: int, device: torch.device
+    candidate: Candidate, held_out: HeldOut, num_images: int, device: torch.device
 ) -> AttentionCurves | None:
     """Compute head distance and NMI of every layer over held-out images; None without attention.
 
     Distances are in pixels of the view, whatever size a teacher is fed: teachers have their student's grid.
 
     Args:
-        subject: moved to the device.
+        candidate: moved to the device.
         held_out: its held-out side is used.
         num_images: how many.
         device: where the model runs.
     """
-    model = subject.model
+    model = candidate.model
     if model is None:
         return None
     model.to(device).eval()
@@ -125,9 +125,9 @@ def _curves(
 
 
 def measure(
-    subject: Subject, held_out: HeldOut, evaluation: EvaluationConfig, device: torch.device, stream: TextIO | None
-) -> Row:
+    candidate: Candidate, held_out: HeldOut, evaluation: EvaluationConfig, device: torch.device, stream: TextIO | None
+) -> SummaryRow:
     """Fill one row of the summary; see `held_out_features` and `measure_attention`."""
-    knn = knn_accuracy(*held_out_features(subject, held_out, device, stream), evaluation.neighbors)
-    curves = measure_attention(subject, held_out, evaluation.attention_images, device)
-    return Row(subject.name, subject.role, knn, curves, subject.images_per_second)
+    knn = knn_accuracy(*held_out_features(candidate, held_out, device, stream), evaluation.neighbors)
+    curves = measure_attention(candidate, held_out, evaluation.attention_images, device)
+    return SummaryRow(candidate.name, candidate.role, knn, curves, candidate.images_per_second)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hdscale.evaluation.accuracy import Accuracy
-    from hdscale.evaluation.measure import Row
+    from hdscale.evaluation.measure import SummaryRow
 
 LAST_LAYERS = 4
 """Layers in the table; TensorBoard has all of them."""
@@ -20,7 +20,7 @@ LAST_LAYERS = 4
 _NOTHING = "-"
 
 
-def student_differences(rows: Sequence[Row]) -> list[Difference]:
+def student_differences(rows: Sequence[SummaryRow]) -> list[Difference]:
     """Compare every two students; the errors are taken as independent, which overstates them on shared samples."""
     students = [row for row in rows if row.role == "student"]
     return [
@@ -47,7 +47,7 @@ def render_probe(result: Accuracy, num_train: int) -> str:
     return f"linear probe accuracy {_percent(result)} % ({result.num} held-out samples, {num_train} training samples)"
 
 
-def render_summary(rows: Sequence[Row], *, neighbors: int) -> str:
+def render_summary(rows: Sequence[SummaryRow], *, neighbors: int) -> str:
     """Return the table and the comparison of students as plain text."""
     depth = min((LAST_LAYERS, *(len(row.curves.nmi) for row in rows if row.curves is not None)))
     header = (
@@ -69,7 +69,7 @@ def render_summary(rows: Sequence[Row], *, neighbors: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def summary_json(rows: Sequence[Row]) -> dict[str, Any]:
+def summary_json(rows: Sequence[SummaryRow]) -> dict[str, Any]:
     """Return the same, and the curves of all layers, as JSON-able values; accuracies are shares."""
     return {
         "rows": [
@@ -87,7 +87,7 @@ def summary_json(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def curve_scalars(rows: Sequence[Row]) -> list[dict[str, float]]:
+def curve_scalars(rows: Sequence[SummaryRow]) -> list[dict[str, float]]:
     """Return TensorBoard tags and values, one dict a layer: charts over layers, not over steps."""
     layers: list[dict[str, float]] = []
     for row in rows:
@@ -101,7 +101,7 @@ def curve_scalars(rows: Sequence[Row]) -> list[dict[str, float]]:
     return layers
 
 
-def _cells(row: Row, depth: int) -> tuple[str, ...]:
+def _cells(row: SummaryRow, depth: int) -> tuple[str, ...]:
     distances = nmis = _NOTHING
     if row.curves is not None:
         distances = " ".join(f"{value:5.1f}" for value in row.curves.head_distance[-depth:])

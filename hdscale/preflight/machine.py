@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from hdscale.cluster.device import Check, device_checks
-from hdscale.cluster.launcher import find_own_tools
+from hdscale.cluster.launcher import add_own_tools_to_path
 from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
@@ -50,7 +50,7 @@ class Facts(NamedTuple):
 
 def machine_facts(question: Question) -> Facts:
     """Ask this machine everything."""
-    find_own_tools()
+    add_own_tools_to_path()
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     each = [[*device_checks(device, question.precision), check_memory(device)] for device in devices] or [
         list(device_checks(torch.device("cpu"), question.precision))

@@ -22,7 +22,7 @@ from hdscale.hashing import file_digest, json_digest
 from hdscale.shards.labels import MAX_CLS, MAX_JSON, BadLabel, LabelRule
 from hdscale.shards.picture_size import picture_size
 from hdscale.shards.sources.packed_names import is_text
-from hdscale.shards.tar_reader import BadTar, Member, TarReader, TrailingData, shown
+from hdscale.shards.tar_reader import BadTar, Member, TarReader, TrailingData, printable
 from hdscale.shards.workers import in_processes
 from hdscale.staging import remove_leftovers, staged
 
@@ -273,9 +273,11 @@ def _walk(tar: TarReader, job: IndexJob) -> tuple[list[tuple[int, ...]], list[tu
             key, extension = _split_name(member.name)
             reason = member.refusal() or (None if extension else "has no key and extension, such as KEY.jpg")
             if reason is not None:
-                skipped.append((shown(member.name), reason))
+                skipped.append((printable(member.name), reason))
                 if extension and member.kind != "directory":  # a label that is a link must not make it unlabelled
-                    samples.setdefault(key, _Sample()).problem = f"has the member {shown(member.name)}, which {reason}"
+                    samples.setdefault(
+                        key, _Sample()
+                    ).problem = f"has the member {printable(member.name)}, which {reason}"
                 continue
             sample = samples.get(key)
             if sample is None:
@@ -330,18 +332,18 @@ def _picture_row(member: Member, tar: TarReader) -> tuple[int, ...] | str:
     try:
         width, height = picture_size(data)
     except BadPicture as error:
-        return shown(str(error))
+        return printable(str(error))
     return member.offset, member.size, width, height, zlib.crc32(data)
 
 
 def _outcome(key: str, sample: _Sample, rule: LabelRule) -> tuple[int, ...] | list[tuple[str, str]]:
     """Return the row of a sample, or names and reasons of what is left out of it."""
     if not sample.pictures:
-        return [] if sample.problem else [(shown(key), "has no picture under its key")]
+        return [] if sample.problem else [(printable(key), "has no picture under its key")]
     reason = sample.problem
     if len(sample.pictures) > 1:
         others = len(sample.pictures) - 1
-        reason = f"shares the key {shown(key)[:80]} with {others} other pictures (--pictures may help)"
+        reason = f"shares the key {printable(key)[:80]} with {others} other pictures (--pictures may help)"
     if reason is None:
         row = sample.pictures[0][1]
         if isinstance(row, str):
@@ -350,8 +352,8 @@ def _outcome(key: str, sample: _Sample, rule: LabelRule) -> tuple[int, ...] | li
             try:
                 return *row, rule.of(sample.cls, sample.json_label)
             except BadLabel as error:
-                reason = shown(str(error))
-    return [(shown(name), reason) for name, _ in sample.pictures]
+                reason = printable(str(error))
+    return [(printable(name), reason) for name, _ in sample.pictures]
 
 
 def _finish(job: IndexJob, tasks: list[_Task]) -> Manifest:

@@ -20,7 +20,7 @@ _SHUFFLE_KEY = 0x73687566666C65  # "shuffle": separates the two uses of a key's 
 _SPLIT_KEY = 0x73706C6974  # "split"
 
 
-class PlanSettings(NamedTuple):
+class SplitSettings(NamedTuple):
     """What decides the content of shards, beside the source."""
 
     split: str = "train"
@@ -30,7 +30,7 @@ class PlanSettings(NamedTuple):
     seed: int = 0
 
 
-class Part(NamedTuple):
+class MachineShare(NamedTuple):
     """The share of one machine among several that make the same shards."""
 
     number: int  # 1 .. total
@@ -41,7 +41,7 @@ class Part(NamedTuple):
         return shard % self.total == self.number - 1
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> MachineShare:
     """Read a part such as 2/4, the second of four.
 
     Raises:
@@ -50,10 +50,10 @@ def parse_part(text: str) -> Part:
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--part must be i/n with i from 1 to n, such as 2/4 for the second of four, got {text}")
-    return Part(int(match[1]), int(match[2]))
+    return MachineShare(int(match[1]), int(match[2]))
 
 
-def check_settings(settings: PlanSettings) -> None:
+def check_settings(settings: SplitSettings) -> None:
     """Raise a UserError for settings that make no sense."""
     split, val_fraction, samples_per_shard, _ = settings
     if not split or not all(letter.isalnum() or letter in "-_" for letter in split):
@@ -66,7 +66,7 @@ def check_settings(settings: PlanSettings) -> None:
         raise UserError("--val-fraction names the held-out split val itself: give another --split, or no fraction")
 
 
-def plan_splits(listing: Listing, settings: PlanSettings) -> dict[str, np.ndarray]:
+def assign_splits(listing: Listing, settings: SplitSettings) -> dict[str, np.ndarray]:
     """Deal the pictures of a listing to splits and shuffle each of them.
 
     The side on which a picture falls depends on its key alone, so that it stays there when other pictures come or the

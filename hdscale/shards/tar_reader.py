@@ -176,7 +176,7 @@ class TarReader:
                     size, extended = member.size, {}
                 if offset + size > self.size:
                     yield member._replace(kind="file that is cut")
-                    self._refuse_cut(shown(member.name), offset, size)
+                    self._refuse_cut(printable(member.name), offset, size)
                 yield member
             position = offset + -(-size // BLOCK) * BLOCK
         padded = -(-(position + 2 * BLOCK) // _RECORD) * _RECORD
@@ -220,7 +220,7 @@ class TarReader:
         return offset
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """Return a name from a tar file as it may stand in a message: no control characters, at most 200 long."""
     return repr(name[:200])[1:-1][:200]
 
@@ -265,7 +265,7 @@ def _extended_member(member: Member, extended: dict[str, str], position: int) ->
     """Return a member as its extended headers describe it."""
     name, size = extended.get("path", member.name), extended.get("size", str(member.size))
     if not (size.isascii() and size.isdigit() and len(size) <= 20):
-        raise BadTar(f"is damaged before byte {position}: an extended header has the size {shown(size)}")
+        raise BadTar(f"is damaged before byte {position}: an extended header has the size {printable(size)}")
     kind = member.kind
     if any(key.startswith("GNU.sparse.") for key in extended):
         kind = "sparse file"

@@ -12,7 +12,7 @@ from hdscale.data.manifest import Manifest, ShardEntry, index_path, read_manifes
 from hdscale.data.pictures import BadPicture, open_picture, to_rgb
 from hdscale.errors import UserError
 from hdscale.hashing import file_digest
-from hdscale.shards.tar_reader import BadTar, Member, TarReader, shown
+from hdscale.shards.tar_reader import BadTar, Member, TarReader, printable
 from hdscale.shards.workers import in_processes
 from hdscale.staging import staged
 
@@ -142,7 +142,7 @@ def _file_reasons(tar: TarReader, task: _Task, rows: dict[int, tuple[int, np.voi
                 sample_id, record = rows.pop(member.offset)
                 reason = _sample_reason(tar, member, record, task.quick)
                 if reason is not None:
-                    bad.append(Bad(task.entry.name, sample_id, shown(member.name), reason))
+                    bad.append(Bad(task.entry.name, sample_id, printable(member.name), reason))
     except BadTar as error:
         if rows:  # else the index was made for a tar that ended in this way
             reasons.append(str(error))
@@ -164,7 +164,7 @@ def _sample_reason(tar: TarReader, member: Member, record: np.void, quick: bool)
     try:
         width, height = _decoded_size(data)
     except BadPicture as error:
-        return shown(str(error))
+        return printable(str(error))
     if (width, height) != (record["width"], record["height"]):
         return f"has {width} x {height} pixels, not {record['width']} x {record['height']}"
     return None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hdscale.shards.sources.stored_picture import Picture
-    from hdscale.shards.split import Part
+    from hdscale.shards.split import MachineShare
 
 _MTIME = 0  # of every member, so that the bytes of a shard depend on its samples only
 _OWNER = "hdscale"
@@ -101,7 +101,7 @@ def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) ->
         return _finish(job)
 
 
-def write_part(job: SplitJob, part: Part, workers: int, progress: Callable[[int], None]) -> None:
+def write_part(job: SplitJob, part: MachineShare, workers: int, progress: Callable[[int], None]) -> None:
     """Write the shards of one part, or what is missing of them; other machines may write other parts meanwhile.
 
     Raises:
@@ -132,7 +132,7 @@ def finish_split(job: SplitJob) -> Manifest:
         return _finish(job)
 
 
-def part_samples(job: SplitJob, part: Part) -> int:
+def part_samples(job: SplitJob, part: MachineShare) -> int:
     """Return how many samples a part deals with."""
     return sum(len(task.names) for task in _tasks(job, part))
 
@@ -233,7 +233,7 @@ def _refuse_other_settings(job: SplitJob, before: dict[str, Any]) -> None:
             )
 
 
-def _tasks(job: SplitJob, part: Part | None = None) -> list[_ShardTask]:
+def _tasks(job: SplitJob, part: MachineShare | None = None) -> list[_ShardTask]:
     tasks = []
     for number, start in enumerate(range(0, len(job.names), job.samples_per_shard)):
         if part is None or part.owns(number):

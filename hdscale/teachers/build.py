@@ -153,7 +153,7 @@ def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, fi
     resize_rel_pos_bias(model)
 
 
-_SECTIONS = ("feature_teacher", "relation_teacher")
+TEACHER_SECTIONS = ("feature_teacher", "relation_teacher")
 
 
 class Teachers(NamedTuple):
@@ -164,7 +164,7 @@ class Teachers(NamedTuple):
 
     def named(self) -> dict[str, FrozenTeacher]:
         """Return the teachers there are, by recipe section."""
-        return {name: teacher for name, teacher in zip(_SECTIONS, self, strict=True) if teacher is not None}
+        return {name: teacher for name, teacher in zip(TEACHER_SECTIONS, self, strict=True) if teacher is not None}
 
 
 def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:

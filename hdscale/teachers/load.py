@@ -27,7 +27,7 @@ _TOWER_SETTINGS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "
 _POOLING_SETTINGS = {"patch_dropout", "pool_type", "final_ln_after_pool", "output_tokens"}
 
 
-class Source(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model at its native input size, and the normalisation it was trained with."""
 
     model: ViT
@@ -35,7 +35,7 @@ class Source(NamedTuple):
     std: tuple[float, ...]
 
 
-def load_source(config: TeacherConfig, field: str) -> Source:
+def load_source(config: TeacherConfig, field: str) -> LoadedModel:
     """Build the model a teacher's section names, with its weights, in float32 on the CPU.
 
     Args:
@@ -49,7 +49,7 @@ def load_source(config: TeacherConfig, field: str) -> Source:
     return load(config, field)
 
 
-def _from_timm(config: TeacherConfig, field: str) -> Source:
+def _from_timm(config: TeacherConfig, field: str) -> LoadedModel:
     arch: dict[str, Any] = {"model_name": config.name}
     if config.target != "projected":
         arch["num_classes"] = 0
@@ -76,7 +76,7 @@ def _from_timm(config: TeacherConfig, field: str) -> Source:
             f"{field}.name: OpenAI trained CLIP with quick-GELU, {config.name} has another activation; "
             "choose vit_*_clip_quickgelu_*, or source open_clip"
         )
-    return Source(model, mean, std)
+    return LoadedModel(model, mean, std)
 
 
 def _check_tag(name: str, field: str) -> None:
@@ -91,7 +91,7 @@ def _check_tag(name: str, field: str) -> None:
         )
 
 
-def _from_open_clip(config: TeacherConfig, field: str) -> Source:
+def _from_open_clip(config: TeacherConfig, field: str) -> LoadedModel:
     import open_clip  # takes seconds; most runs of the tests and of the demo do without
 
     tower = _tower_config(config.name, field)
@@ -108,17 +108,17 @@ def _from_open_clip(config: TeacherConfig, field: str) -> Source:
     if state is not None:
         fit_state(model, state, source=f"{field}.weights: {path}")
     default: Any = model.pretrained_cfg  # CLIP's, and of other towers their own
-    return Source(model, tuple(about.get("mean", default["mean"])), tuple(about.get("std", default["std"])))
+    return LoadedModel(model, tuple(about.get("mean", default["mean"])), tuple(about.get("std", default["std"])))
 
 
-def _from_file(config: TeacherConfig, field: str) -> Source:
+def _from_file(config: TeacherConfig, field: str) -> LoadedModel:
     if config.target == "projected":
         raise UserError(f"{field}.target projected needs a CLIP model, got a file of hdscale's; set it to norm")
     file = load_teacher_file(config.weights, f"{field}.weights")
     arch, state = from_beit(file.arch, file.state) if is_beit(file.arch) else (file.arch, file.state)
     model = create_teacher_vit(f"{field}.weights: {config.weights}", arch)
     fit_state(model, state, source=f"{field}.weights: {config.weights}")
-    return Source(model, file.mean, file.std)
+    return LoadedModel(model, file.mean, file.std)
 
 
 def _tower_config(name: str, field: str) -> dict[str, Any]:

@@ -11,16 +11,16 @@ from hdscale.cli import EXIT_DONE
 from hdscale.distiller import build_distiller
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero import build_teacher_engine, checkpoint_function, configure_checkpointing, full_state
-from hdscale.flops import _flops_per_image
+from hdscale.flops import step_flops_per_image
 from hdscale.masking.store import MaskStore
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import student_grid_size
-from hdscale.teachers.build import _SECTIONS, build_teachers
+from hdscale.teachers.build import TEACHER_SECTIONS, build_teachers
 from hdscale.teachers.targets import TeacherPair
 from hdscale.teachers.weights import weights_digest
 from hdscale.training.loop import train_run
 from hdscale.training.masks import open_mask_store
-from hdscale.training.run import identify, plan_run, start_engine
+from hdscale.training.run import check_run, start_engine, with_fingerprints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdscale.config.recipe import Recipe
-    from hdscale.data.samples import KeepIndices
+    from hdscale.data.samples import MaskLookup
     from hdscale.engine.ranks import Ranks
     from hdscale.engine.zero_internals import Engine
     from hdscale.teachers.build import FrozenTeacher, Teachers
@@ -43,10 +43,10 @@ class Session(NamedTuple):
     ranks: Ranks
     engine: Engine
     pair: TeacherPair
-    hosted: dict[str, nn.Module]
-    keep_indices: KeepIndices | None
+    teacher_engines: dict[str, nn.Module]
+    look_up_masks: MaskLookup | None
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, Targets]:
+    def ask_teachers(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Ask the teachers about a batch and return the engine's arguments."""
         return batch.images, self.pair(batch)
 
@@ -73,16 +73,16 @@ def distill(
         RuntimeError: a teacher's weights have changed.
     """
     with start_session(recipe, ds_config, teacher_ds_config, allow_change=allow_change) as session:
-        before = held_digests(session.hosted)
+        before = teacher_digests(session.teacher_engines)
         code = train_run(
             session.run,
             session.engine,
             session.ranks,
-            session.prepare,
-            keep_indices=session.keep_indices,
+            session.ask_teachers,
+            look_up_masks=session.look_up_masks,
             stream=stream,
         )
-        if held_digests(session.hosted) != before:
+        if teacher_digests(session.teacher_engines) != before:
             raise RuntimeError("a teacher's weights have changed during training: the run's targets cannot be trusted")
         if code == EXIT_DONE and session.ranks.is_first:
             mark_done(session.run.folder, done=True)
@@ -109,11 +109,11 @@ def start_session(
     """
     grid_size = student_grid_size(recipe.student, recipe.data.img_size)
     # Cheap checks first: teachers may be gigabytes from the network.
-    run = plan_run(recipe, ds_config, allow_change=allow_change)
+    run = check_run(recipe, ds_config, allow_change=allow_change)
     teachers = build_teachers(recipe, grid_size)
-    digests = dict.fromkeys(_SECTIONS, "none")
+    digests = dict.fromkeys(TEACHER_SECTIONS, "none")
     digests |= {name: teacher.digest for name, teacher in teachers.named().items()}
-    run = identify(run, digests, allow_change)
+    run = with_fingerprints(run, digests, allow_change)
     store = (open_store or open_mask_store)(run, teachers.relation, grid_size**2)
     distiller = build_distiller(
         recipe.student,
@@ -127,12 +127,12 @@ def start_session(
         teacher_has_cls=teachers.relation is not None and teachers.relation.has_cls,
         checkpoint_fn=checkpoint_function(ds_config),
     )
-    run = run._replace(flops_per_image=_flops_per_image(recipe, distiller, teachers))
+    run = run._replace(flops_per_image=step_flops_per_image(recipe, distiller, teachers))
     with distributed() as ranks:
         configure_checkpointing(ds_config, ranks.world_size)
         # The student's engine first: a teacher's process groups must not become its own.
         engine = start_engine(run, distiller, ranks)
-        hosted = host_teachers(teachers, recipe, teacher_ds_config, run.precision, ranks)
+        hosted = build_teacher_engines(teachers, recipe, teacher_ds_config, run.precision, ranks)
         pair = TeacherPair(
             hosted.get("feature_teacher"),
             hosted.get("relation_teacher"),
@@ -146,7 +146,7 @@ def start_session(
         yield Session(run, ranks, engine, pair, hosted, None if store is None else store.keep_indices)
 
 
-def host_teachers(
+def build_teacher_engines(
     teachers: Teachers, recipe: Recipe, ds_config: Mapping[str, Any], precision: str, ranks: Ranks
 ) -> dict[str, nn.Module]:
     """Place the teachers as their `sharding` says, by recipe section; the student's engine must exist already."""
@@ -158,6 +158,6 @@ def host_teachers(
     }
 
 
-def held_digests(hosted: Mapping[str, nn.Module]) -> dict[str, str]:
+def teacher_digests(hosted: Mapping[str, nn.Module]) -> dict[str, str]:
     """Gather each hosted teacher's weights and return their sha256; every rank has to call it."""
     return {name: weights_digest(full_state(teacher)) for name, teacher in hosted.items()}

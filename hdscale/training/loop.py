@@ -15,7 +15,7 @@ from hdscale.hashing import hash64
 from hdscale.progress import Progress
 from hdscale.runs.checkpoint import save_checkpoint
 from hdscale.runs.metrics import MetricsWriter
-from hdscale.training.meter import _limit, _Meter, peak_memory_gb
+from hdscale.training.meter import Meter, name_limit, peak_memory_gb
 from hdscale.training.quarantine import Quarantine
 from hdscale.training.stop import StopFlag
 from hdscale.types import Batch, LossTerms
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hdscale.config.recipe import CheckpointConfig, LogConfig
-    from hdscale.data.samples import KeepIndices
+    from hdscale.data.samples import MaskLookup
     from hdscale.engine.ranks import Ranks
     from hdscale.engine.zero_internals import Engine
     from hdscale.training.run import Run
@@ -93,7 +93,7 @@ def train(trainer: Trainer, batches: Iterator[Batch], metrics: MetricsWriter | N
         UserError: too many samples are bad; a checkpoint of the last step is on disk.
     """
     plan = trainer.plan
-    meter = _Meter(trainer.ranks)
+    meter = Meter(trainer.ranks)
     step = plan.start_step
     skipped = _Skipped(trainer.engine.skipped_steps, 0)
     while step < plan.end_step:
@@ -140,7 +140,7 @@ def to_device(batch: Batch, ranks: Ranks) -> Batch:
     return batch._replace(**moved)
 
 
-def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: int) -> None:
+def _log(trainer: Trainer, meter: Meter, metrics: MetricsWriter | None, step: int) -> None:
     reading = meter.read()
     losses, rate, plan = reading.losses, reading.images_per_second, trainer.plan
     if metrics is None:
@@ -171,7 +171,7 @@ def _log(trainer: Trainer, meter: _Meter, metrics: MetricsWriter | None, step: i
         "memory_gb": peak_memory_gb(trainer.ranks),
     }
     metrics.write(line)
-    trainer.progress(0, f"loss {losses.total:.4f}, {rate:.1f} images/s{_limit(reading)}")
+    trainer.progress(0, f"loss {losses.total:.4f}, {rate:.1f} images/s{name_limit(reading)}")
 
 
 class _Skipped(NamedTuple):
@@ -226,7 +226,7 @@ def train_run(
     ranks: Ranks,
     prepare: Callable[[Batch], tuple[Any, ...]],
     *,
-    keep_indices: KeepIndices | None = None,
+    look_up_masks: MaskLookup | None = None,
     stream: TextIO | None = None,
 ) -> int:
     """Train to the end of the schedule or until a stop; return the exit code.
@@ -236,7 +236,7 @@ def train_run(
         engine: from `start_engine`.
         ranks: this process.
         prepare: turns a batch on the device into the engine's arguments.
-        keep_indices: looks stored masks up by sample ids and views, inside the loader.
+        look_up_masks: looks stored masks up by sample ids and views, inside the loader.
         stream: where the first rank shows progress.
     """
     recipe, total = run.recipe, run.schedule.total_steps
@@ -246,7 +246,7 @@ def train_run(
         if stream is not None and ranks.is_first:
             print(f"{run.folder}: step {start} of {total} is done already", file=stream)
         return EXIT_DONE if start >= total else EXIT_STOPPED
-    loader = run_loader(run, ranks, start, end, keep_indices)
+    loader = run_loader(run, ranks, start, end, look_up_masks)
     metrics = MetricsWriter(run.folder, start) if ranks.is_first else None
     with Progress(recipe.run.name, total, "steps", stream if ranks.is_first else None, start) as progress:
         trainer = Trainer(
@@ -267,7 +267,7 @@ def train_run(
     return EXIT_DONE if done == total else EXIT_STOPPED
 
 
-def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, keep_indices: KeepIndices | None) -> TrainLoader:
+def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, look_up_masks: MaskLookup | None) -> TrainLoader:
     """Return this rank's micro-batches of steps start_step .. end_step - 1."""
     recipe = run.recipe
     return TrainLoader(
@@ -281,7 +281,7 @@ def run_loader(run: Run, ranks: Ranks, start_step: int, end_step: int, keep_indi
         world_size=ranks.world_size,
         start_step=start_step,
         num_steps=end_step - start_step,
-        keep_indices=keep_indices,
+        look_up_masks=look_up_masks,
     )
 
 

@@ -50,7 +50,7 @@ def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: Te
     Returns:
         The exit code: done, or stopped on request; whole parts stay.
     """
-    if not recipe.mask.by_teacher:
+    if not recipe.mask.chosen_by_teacher:
         raise UserError(f"mask.strategy {recipe.mask.strategy} needs no stored masks; progressive and direct do")
     if recipe.data.views == "fresh":
         raise UserError("data.views fresh has no end to store: set a number of views, or train with mask.source=online")
@@ -139,7 +139,7 @@ def open_mask_store(run: Run, teacher: FrozenTeacher | None, num_patches: int) -
         UserError: naming what differs.
     """
     recipe = run.recipe
-    if not recipe.mask.by_teacher or recipe.mask.source != "store":
+    if not recipe.mask.chosen_by_teacher or recipe.mask.source != "store":
         return None
     store = MaskStore.open(recipe.mask.store)
     expected = store_fingerprint(recipe, run.shards, run.precision, teacher)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hdscale.engine.ranks import Ranks
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """What the meter has seen between two log lines; shares are of this rank's time."""
 
     losses: LossTerms  # means over steps and ranks
@@ -28,7 +28,7 @@ class _Reading(NamedTuple):
     sent_bytes: float  # by this rank in DeepSpeed's collectives, a micro-step
 
 
-class _Meter:
+class Meter:
     """Sums losses on the device and seconds on the host between two log lines."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -42,6 +42,7 @@ class _Meter:
         self._timed = 0  # micro-steps since the clock was started
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """Take the next micro-batch, and note how long it took to come."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
@@ -49,6 +50,7 @@ class _Meter:
         return batch
 
     def add(self, terms: LossTerms) -> None:
+        """Add a micro-step's losses; they stay on the device."""
         self._sums += torch.stack([term.float() for term in terms])
         self._count += 1
         self._timed += 1
@@ -61,13 +63,13 @@ class _Meter:
         self._images = 0
         self._timed = 0
 
-    def read(self) -> _Reading:
+    def read(self) -> Reading:
         """Reduce over ranks and start anew; this waits for the device."""
         means = self._sums / max(1, self._count)
         dist.all_reduce(means)
         traffic = self._collectives.read()
         elapsed = time.perf_counter() - self._started
-        reading = _Reading(
+        reading = Reading(
             LossTerms(*(means / self._ranks.world_size).tolist()),
             self._images * self._ranks.world_size / elapsed,
             self._waited / elapsed,
@@ -80,7 +82,7 @@ class _Meter:
         return reading
 
 
-def _limit(reading: _Reading) -> str:
+def name_limit(reading: Reading) -> str:
     """Name what takes more than half of the time, if it is not the computation."""
     if reading.communication > 0.5:
         return f", communication is the limit ({reading.communication:.0%} of the time in collectives)"

@@ -14,7 +14,7 @@ from hdscale.runs.checkpoint import require_checkpoint
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import build_student
 from hdscale.training.loop import train_run
-from hdscale.training.run import identify, plan_run, start_engine
+from hdscale.training.run import check_run, start_engine, with_fingerprints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ def pretrain(
         allow_change: what may differ from the run's earlier start.
         stream: where the first rank shows progress.
     """
-    run = identify(plan_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
+    run = with_fingerprints(check_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
     if method == "supervised":
         require_labels(run.shards, "--method supervised")
     module, prepare = _build(recipe, method, len(run.shards.classes))

@@ -58,7 +58,7 @@ def planned_precision(recipe: Recipe) -> str:
     return resolve_precision(recipe.run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def plan_run(
+def check_run(
     recipe: Recipe,
     ds_config: Mapping[str, Any],
     *,
@@ -91,7 +91,7 @@ def plan_run(
     return Run(recipe, completed, folder, shards, schedule, accumulation, precision, fingerprints, checkpoint)
 
 
-def identify(run: Run, fingerprints: Mapping[str, str], allow_change: Sequence[str]) -> Run:
+def with_fingerprints(run: Run, fingerprints: Mapping[str, str], allow_change: Sequence[str]) -> Run:
     """Add what was not known yet, such as the teachers' digests, and check the checkpoint against it, too."""
     if run.checkpoint is not None:
         _check_fingerprints(run.checkpoint, fingerprints, allow_change)

@@ -19,7 +19,7 @@ from hdscale.masking.progressive import expected_num_keep
 from hdscale.masking.random import random_keep_indices
 from hdscale.masking.store import MaskStore
 from hdscale.shards.sources.image_folder import ImageFolder
-from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
 from hdscale.training.distill import start_session
 from hdscale.training.loop import run_loader, seed_everything, to_device, train_step
@@ -97,7 +97,7 @@ def generated_session(
 
 def _run_steps(session: Session, steps: int) -> _Figures:
     run, ranks = session.run, session.ranks
-    batches = iter(run_loader(run, ranks, 0, steps, session.keep_indices))
+    batches = iter(run_loader(run, ranks, 0, steps, session.look_up_masks))
     seconds: list[float] = []
     losses: list[float] = []
     flops = 0
@@ -116,7 +116,7 @@ def _run_steps(session: Session, steps: int) -> _Figures:
 
 
 def _step(session: Session, batches: Iterator[Batch]) -> float:
-    terms = train_step(session.engine, session.prepare, to_device(next(batches), session.ranks))
+    terms = train_step(session.engine, session.ask_teachers, to_device(next(batches), session.ranks))
     return terms.total.item()
 
 
@@ -144,7 +144,7 @@ def _write_shards(folder: Path, recipe: Recipe, num_samples: int) -> None:
         Image.fromarray(pixels).save(pictures / f"{number:06d}.jpg")
     source = ImageFolder(pictures.parent)
     listing = source.listing()
-    rows = plan_splits(listing, PlanSettings(split=recipe.data.split))[recipe.data.split]
+    rows = assign_splits(listing, SplitSettings(split=recipe.data.split))[recipe.data.split]
     job = SplitJob(
         source=source,
         output=folder / "shards",
@@ -175,7 +175,7 @@ def _smoke_recipe(recipe: Recipe, folder: Path, micro_batch_size: int, global_ba
 def _random_masks(run: Run, teacher: FrozenTeacher | None, num_patches: int) -> MaskStore | None:
     """Write a store with masks of the right size; what they keep does not change the cost."""
     mask, views = run.recipe.mask, run.recipe.data.views
-    if not mask.by_teacher or mask.source != "store":
+    if not mask.chosen_by_teacher or mask.source != "store":
         return None
     fingerprint = store_fingerprint(run.recipe, run.shards, run.precision, teacher)
     assert teacher is not None, "store_fingerprint refuses that"

@@ -30,7 +30,7 @@ LayerOutput = Literal["relation", "attention", "features"]
 recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
 
 
-class _Along(NamedTuple):
+class _Carried(NamedTuple):
     """What goes along with the tokens from block to block."""
 
     rotation: Tensor | None  # of each patch, in models with rotary embeddings
@@ -122,7 +122,7 @@ class ViTEncoder(nn.Module):
         seen = None  # rows of the tokens that go through the blocks; None: all
         if rows is not None and keep_indices is not None and self.tokens == "kept" and self.mask_token is None:
             x, seen, rows, rotation = take_rows(x, rows), rows, None, take_rotation(rotation, keep_indices)
-        along = _Along(rotation, self._bias(seen, x), None if self.drop is None else self._all_patches(x))
+        along = _Carried(rotation, self._bias(seen, x), None if self.drop is None else self._all_patches(x))
         x = self.model.norm_pre(x)
         taken: dict[int, tuple[list[Tensor], Tensor | None]] = {}
         stages: dict[int, Tensor] = {}
@@ -139,7 +139,7 @@ class ViTEncoder(nn.Module):
         if self.stage_at == "input" and len(self.model.blocks) in self.stage_layers:  # pruned just before a stage
             stages[len(self.model.blocks)] = x
             x, along = self._dropped(x, along)
-        layers = [self._at_kept(*taken[layer], along.kept) for layer in self.relation_layers]
+        layers = [self._cut_to_kept(*taken[layer], along.kept) for layer in self.relation_layers]
         with_qk = self.layer_output == "relation"
         prefix, patches = self._finish(x, rows if self.mask_token is None else None)
         return ViTOutput(
@@ -179,7 +179,7 @@ class ViTEncoder(nn.Module):
     def _all_patches(self, x: Tensor) -> Tensor:
         return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
 
-    def _dropped(self, x: Tensor, along: _Along) -> tuple[Tensor, _Along]:
+    def _dropped(self, x: Tensor, along: _Carried) -> tuple[Tensor, _Carried]:
         """Drop patches at a stage, if the model does: tokens (B, P + K', T) and what goes along with them."""
         if self.drop is None or along.kept is None:
             return x, along
@@ -187,9 +187,9 @@ class ViTEncoder(nn.Module):
         x = take_rows(x, token_rows(staying, self.num_prefix_tokens))
         kept = along.kept.gather(1, staying)
         bias = self._bias(token_rows(kept, self.num_prefix_tokens), x)
-        return x, _Along(take_rotation(along.rotation, staying), bias, kept)
+        return x, _Carried(take_rotation(along.rotation, staying), bias, kept)
 
-    def _at_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
+    def _cut_to_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
         """Cut what a relation layer gave of the patches `there` (B, N') down to those kept in the end (B, K)."""
         if there is None or kept is None or there.shape == kept.shape:
             return tensors
@@ -197,10 +197,10 @@ class ViTEncoder(nn.Module):
         return [take_rows(tensor, rows) for tensor in tensors]
 
     def _run_block(
-        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, along: _Along
+        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, along: _Carried
     ) -> tuple[Tensor, ...]:
         """Return the block's tokens and, for a relation layer, its output of the wanted rows."""
-        function = partial(_TAPPED[self.layer_output], block) if index in self.relation_layers else block
+        function = partial(_LAYER_RUNNERS[self.layer_output], block) if index in self.relation_layers else block
         if along.rotation is not None:
             function = partial(function, rope=rotation_of(along.rotation, index))
         if isinstance(block, KeptQueryBlock):
@@ -302,7 +302,7 @@ def _with_output(block: nn.Module, *args: Tensor | None, rope: Tensor | None = N
     return x, x
 
 
-_TAPPED = {"relation": with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
+_LAYER_RUNNERS = {"relation": with_queries_and_keys, "attention": _with_attention_output, "features": _with_output}
 
 
 def _hooked(
@@ -313,7 +313,7 @@ def _hooked(
     Hooks live for this call only, so that nothing keeps the tensors and a recomputed call takes its own.
     """
     taken: list[list[Tensor]] = [[] for _ in modules]
-    hooks = [module.register_forward_hook(_into(into)) for module, into in zip(modules, taken, strict=True)]
+    hooks = [module.register_forward_hook(_append_to(into)) for module, into in zip(modules, taken, strict=True)]
     try:
         x = block(*args) if rope is None else block(*args, rope=rope)
     finally:
@@ -322,7 +322,7 @@ def _hooked(
     return x, *(outputs[0] for outputs in taken)
 
 
-def _into(taken: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+def _append_to(taken: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
         taken.append(output)
 

@@ -2,7 +2,7 @@ import shlex
 
 import pytest
 
-from hdscale.ablation.jobs import Planner, Settings
+from hdscale.ablation.jobs import JobBuilder, Settings
 from hdscale.ablation.running import Launcher, listing
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.table import Row, Table
@@ -14,7 +14,7 @@ DEMO, REAL = SCALES["demo"], SCALES["b-in1k"]
 
 def plans_of(table, scale, output, rows=(), seeds=1, overrides=()):
     settings = Settings(table, scale, output, tuple(overrides))
-    return Planner(settings).plan(table.select(rows), seeds)
+    return JobBuilder(settings).plan(table.select(rows), seeds)
 
 
 def test_tables_share_the_run_of_equal_recipes(tmp_path):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hdscale.ablation.jobs import Planner, Settings
+from hdscale.ablation.jobs import JobBuilder, Settings
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.table import Paper
 from hdscale.ablation.tables import TABLES
@@ -43,7 +43,7 @@ CASES = [pytest.param(table, *row, id=f"{table}-{row[0]}") for table, rows in RO
 
 
 def plan_of(table, row, scale, output):
-    return Planner(Settings(TABLES[table], SCALES[scale], output)).row(TABLES[table].row(row), 0)
+    return JobBuilder(Settings(TABLES[table], SCALES[scale], output)).row(TABLES[table].row(row), 0)
 
 
 def fields(recipe, output):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.ablation.jobs import Job, Plan
+from hdscale.ablation.jobs import Job, RowJobs
 from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_plans
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.table import Row
@@ -21,7 +21,7 @@ DEMO = SCALES["demo"]
 
 def make_plan(folder, key, *names):
     jobs = tuple(Job(name, "script.py", (), folder / name) for name in names)
-    return Plan(Row(key, key), 0, load_recipe(None), jobs, folder / "runs")
+    return RowJobs(Row(key, key), 0, load_recipe(None), jobs, folder / "runs")
 
 
 def test_what_is_done_is_skipped_and_a_failing_row_does_not_stop_the_others(tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.ablation.jobs import Planner, Settings
+from hdscale.ablation.jobs import JobBuilder, Settings
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.tables import TABLES, find_table
 from hdscale.config.loading import changed_fields, load_recipe
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe_of(table, row, scale, tmp_path):
-    planner = Planner(Settings(TABLES[table], SCALES[scale], tmp_path))
+    planner = JobBuilder(Settings(TABLES[table], SCALES[scale], tmp_path))
     return planner.row(TABLES[table].row(row), 0).recipe
 
 
@@ -31,7 +31,7 @@ def test_every_row_has_a_name_of_its_own_that_a_folder_may_have_and_is_compared_
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_resolves_to_a_valid_recipe(table, scale, tmp_path):
-    plans = Planner(Settings(TABLES[table], SCALES[scale], tmp_path)).plan(TABLES[table].rows, 2)
+    plans = JobBuilder(Settings(TABLES[table], SCALES[scale], tmp_path)).plan(TABLES[table].rows, 2)
     trained = [plan for plan in plans if plan.folder is not None]
     assert [plan.row for plan in plans if plan.seed == 0] == list(TABLES[table].rows)
     assert {plan.recipe.run.seed for plan in trained} == {0, 1}

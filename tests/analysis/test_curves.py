@@ -4,7 +4,7 @@ import torch
 
 from hdscale.analysis.curves import attention_curves
 from hdscale.config.recipe import StudentConfig, TeacherConfig
-from hdscale.evaluation.candidates import Subject, teacher_subject
+from hdscale.evaluation.candidates import Candidate, teacher_candidate
 from hdscale.evaluation.held_out import HeldOut
 from hdscale.evaluation.measure import measure_attention, measure_decoder_attention
 from hdscale.student.build import build_student
@@ -69,7 +69,7 @@ def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
     student = build_student(config, 24, seed=0).eval()
     batches = make_batches([2])
     held_out = HeldOut(train=[], val=batches, num_train=0, num_val=2, img_size=24)
-    curves = measure_attention(Subject("s", "student", student), held_out, 2, torch.device("cpu"))
+    curves = measure_attention(Candidate("s", "student", student), held_out, 2, torch.device("cpu"))
     tapped = build_student(config, 24, seed=0, relation_layers=(0, 1, 2)).eval()
     with torch.no_grad():
         output = tapped(batches[0].images)
@@ -80,16 +80,16 @@ def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
 
 def test_a_teacher_of_larger_patches_is_measured_in_pixels_of_the_view():
     config = TeacherConfig(source="timm", name="vit_tiny_patch16_224", weights="random")
-    subject = teacher_subject(config, GRID, "feature_teacher")
+    candidate = teacher_candidate(config, GRID, "feature_teacher")
     batches = make_batches([2])
     encoder = ViTEncoder(
-        subject.model.encoder.model, relation_layers=range(subject.model.depth), final=None, tokens="full"
+        candidate.model.encoder.model, relation_layers=range(candidate.model.depth), final=None, tokens="full"
     ).eval()
     with torch.no_grad():  # it is fed 48 pixels for its 3 x 3 patches of 16; the view has 24
-        output = encoder(subject.model.preprocess(batches[0].images, torch.float32))
+        output = encoder(candidate.model.preprocess(batches[0].images, torch.float32))
     for img_size in (24, 48):
         held_out = HeldOut(train=[], val=batches, num_train=0, num_val=2, img_size=img_size)
-        curves = measure_attention(subject, held_out, 2, torch.device("cpu"))
+        curves = measure_attention(candidate, held_out, 2, torch.device("cpu"))
         for layer, pair in enumerate(zip(output.queries, output.keys, strict=True)):
             wanted = [reference(q, k, img_size // GRID) for q, k in zip(*pair, strict=True)]
             assert curves.head_distance[layer] == pytest.approx(np.mean([d for d, _ in wanted]), rel=1e-3)
@@ -97,7 +97,7 @@ def test_a_teacher_of_larger_patches_is_measured_in_pixels_of_the_view():
 
 def test_pixels_have_no_attention():
     held_out = HeldOut(train=[], val=[], num_train=0, num_val=0, img_size=24)
-    assert measure_attention(Subject("raw", "baseline", None), held_out, 2, torch.device("cpu")) is None
+    assert measure_attention(Candidate("raw", "baseline", None), held_out, 2, torch.device("cpu")) is None
 
 
 def test_a_decoder_is_measured_at_every_layer_of_its_own():

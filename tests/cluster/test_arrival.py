@@ -36,7 +36,7 @@ def free_port():
 def ranks(monkeypatch):
     """Four open meetings, and a way to let each do something at once."""
     monkeypatch.setattr(rendezvous, "_FAREWELL_SECONDS", LONG)
-    monkeypatch.setattr(rendezvous, "_READY_SECONDS", LONG)
+    monkeypatch.setattr(rendezvous, "READY_SECONDS", LONG)
     monkeypatch.setattr(rendezvous, "_ROLL_CALL_POLL_SECONDS", 0.05)
     store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
     meetings = [Rendezvous(store.clone(), rank, HOSTS) for rank in range(4)]
@@ -90,8 +90,8 @@ def test_ranks_that_are_all_ready_go_on(ranks):
 def test_one_rank_s_mistake_ends_all_and_rank_0_names_the_host(ranks, no_farewell):
     mistake = UserError("no shards")
     ends = together(*[place.wait_until_ready for place in ranks[:2]], lambda: ranks[2].refuse(mistake))
-    assert [(str(end), end.told_by) for end in ends[:2]] == [("node2 (rank 2): no shards", 0)] * 2
-    assert mistake.told_by is None  # its own host prints it, too
+    assert [(str(end), end.reported_by) for end in ends[:2]] == [("node2 (rank 2): no shards", 0)] * 2
+    assert mistake.reported_by is None  # its own host prints it, too
     with pytest.raises(UserError, match=r"node2 \(rank 2\): no shards"):
         ranks[3].wait_until_ready()  # however late
 
@@ -101,7 +101,7 @@ def test_a_mistake_that_every_rank_finds_is_told_once(ranks):
     together(
         *[lambda place=place, error=error: place.refuse(error) for place, error in zip(ranks, mistakes, strict=True)]
     )
-    assert [error.told_by for error in mistakes] == [None, 0, 0, 0]
+    assert [error.reported_by for error in mistakes] == [None, 0, 0, 0]
 
 
 def test_of_two_mistakes_the_first_is_told(ranks, no_farewell):
@@ -125,10 +125,10 @@ def test_rank_0_keeps_the_store_until_all_others_have_left(ranks):
 
 
 def test_ranks_that_do_not_get_ready_are_named(ranks, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_READY_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "READY_SECONDS", 0.0)
     with pytest.raises(UserError, match=r"node1 \(rank 1\), node2 \(ranks 2-3\) did not get ready") as caught:
         ranks[0].wait_until_ready()
-    assert caught.value.told_by == 0
+    assert caught.value.reported_by == 0
 
 
 class Gone:
@@ -142,13 +142,13 @@ def test_a_rank_without_a_word_is_named_by_all_others(ranks, no_farewell, monkey
     ranks[2].close()  # killed: nobody answers
     call_roll(ranks, 0, 1, 3)
     ends = together(*[lambda place=place: place.explain(broken()) for place in (ranks[0], ranks[1])])
-    assert all(isinstance(end, LostRankError) and end.told_by == 0 for end in ends)
+    assert all(isinstance(end, LostRankError) and end.reported_by == 0 for end in ends)
     assert all(str(end).startswith("node2 (rank 2) ended without a word") for end in ends)
     # Rank 3 hung in a collective with others, and the store is gone when its own connections break.
     until(lambda: ranks[3]._end)
     monkeypatch.setattr(ranks[3], "store", Gone())
     late = ranks[3].explain(broken())
-    assert (str(late), late.told_by) == (str(ends[0]), 0)
+    assert (str(late), late.reported_by) == (str(ends[0]), 0)
 
 
 def test_the_lowest_rank_that_is_left_tells_of_rank_0(ranks, no_farewell):
@@ -156,7 +156,7 @@ def test_the_lowest_rank_that_is_left_tells_of_rank_0(ranks, no_farewell):
     call_roll(ranks, 1, 2, 3)
     end = ranks[3].explain(broken())
     assert str(end).startswith("node1 (rank 0) ended without a word")
-    assert end.told_by == 1
+    assert end.reported_by == 1
 
 
 def test_a_rank_that_fails_by_itself_keeps_its_error_and_is_named_by_the_others(ranks):
@@ -165,7 +165,7 @@ def test_a_rank_that_fails_by_itself_keeps_its_error_and_is_named_by_the_others(
     end = ranks[1].explain(broken())
     assert isinstance(end, LostRankError)
     assert str(end) == "node2 (rank 3) failed, see its traceback: ValueError: cannot divide by zero"
-    assert end.told_by == 0
+    assert end.reported_by == 0
 
 
 def test_a_broken_connection_while_all_are_there_stays_what_it_is(ranks):
@@ -215,7 +215,7 @@ def test_a_host_of_rank_0_that_does_not_answer_is_named(as_rank, monkeypatch):
         rendezvous._meeting({}, 0),
     ):
         pass
-    assert caught.value.told_by is None
+    assert caught.value.reported_by is None
 
 
 def test_a_port_that_another_run_holds_is_named(as_rank):

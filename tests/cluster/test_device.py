@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from hdscale.cluster import device as preflight
 from hdscale.cluster.device import Check, check_architecture, check_attention, device_checks, quick_check
-from hdscale.cluster.launcher import find_own_tools
+from hdscale.cluster.launcher import add_own_tools_to_path
 from hdscale.errors import UserError
 from hdscale.preflight import machine
 from hdscale.preflight.machine import (
@@ -242,14 +242,14 @@ def test_a_compiler_is_needed_by_cpu_ranks_only(monkeypatch, tmp_path):
 def test_this_python_s_folder_comes_first_and_once(monkeypatch):
     folder = str(Path(sys.executable).parent)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # what sshd gives
-    find_own_tools()
-    find_own_tools()
+    add_own_tools_to_path()
+    add_own_tools_to_path()
     assert os.environ["PATH"] == f"{folder}:/usr/bin:/bin"
     monkeypatch.setenv("PATH", f"/usr/bin:{folder}")  # whoever has put it there has chosen the order
-    find_own_tools()
+    add_own_tools_to_path()
     assert os.environ["PATH"] == f"/usr/bin:{folder}"
     monkeypatch.delenv("PATH")
-    find_own_tools()
+    add_own_tools_to_path()
     assert os.environ["PATH"].startswith(f"{folder}:")
 
 

@@ -159,9 +159,11 @@ def test_sections_and_their_fields_are_known_and_nothing_else():
     assert not any(map(is_known_field, ("", "lr", "optim.lrr", "optim.", "optim.lr.x", "data.views.int")))
 
 
-@pytest.mark.parametrize(("strategy", "by_teacher"), [("none", 0), ("random", 0), ("direct", 1), ("progressive", 1)])
-def test_two_mask_strategies_ask_the_relation_teacher(strategy, by_teacher):
-    assert load_recipe(None, [f"mask.strategy={strategy}"]).mask.by_teacher == bool(by_teacher)
+@pytest.mark.parametrize(
+    ("strategy", "chosen_by_teacher"), [("none", 0), ("random", 0), ("direct", 1), ("progressive", 1)]
+)
+def test_two_mask_strategies_ask_the_relation_teacher(strategy, chosen_by_teacher):
+    assert load_recipe(None, [f"mask.strategy={strategy}"]).mask.chosen_by_teacher == bool(chosen_by_teacher)
 
 
 def test_online_masks_need_the_relation_teacher():

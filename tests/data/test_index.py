@@ -68,7 +68,7 @@ def test_announced_pictures_are_named_to_the_kernel_and_missing_shards_passed_ov
     shards.close()
     (copied / shards.manifest.shards[1].name).unlink()
     rows = np.array([7, 150, 201])  # of shards 0, 1 and 2
-    shards.announce(rows)
+    shards.prefetch(rows)
     wanted = [(*shards.index[row][["offset", "size"]].tolist(), os.POSIX_FADV_WILLNEED) for row in rows]
     assert announced == [wanted[0], wanted[2]]
 

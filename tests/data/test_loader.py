@@ -126,7 +126,7 @@ def test_kept_tokens_come_with_their_samples(train_loader):
     def keep_indices(sample_ids, views):
         return np.stack([sample_ids, sample_ids + views + 1], axis=1)
 
-    for batch in train_loader(start_step=27, num_steps=2, keep_indices=keep_indices):
+    for batch in train_loader(start_step=27, num_steps=2, look_up_masks=keep_indices):
         assert batch.keep_indices.dtype == torch.int64
         assert torch.equal(batch.keep_indices[:, 0], batch.sample_ids)
         assert torch.equal(batch.keep_indices[:, 1], batch.sample_ids + batch.views + 1)
@@ -139,7 +139,7 @@ def test_a_damaged_mask_ends_the_run_with_one_line(train_loader, view_config, wo
 
     config = view_config.model_copy(update={"workers": workers})
     with pytest.raises(UserError) as caught:
-        next(iter(train_loader(config=config, keep_indices=keep_indices)))
+        next(iter(train_loader(config=config, look_up_masks=keep_indices)))
     assert str(caught.value) == "masks/view-0000/part-00000.npy: delete this file"
 
 
@@ -211,7 +211,7 @@ def test_ranks_show_the_same_substitutes_with_their_masks_and_labels(damaged, vi
             world_size=world_size,
             start_step=0,
             num_steps=steps,
-            keep_indices=lambda ids, views: np.stack([ids, ids + views + 1], axis=1),
+            look_up_masks=lambda ids, views: np.stack([ids, ids + views + 1], axis=1),
         )
 
     one, two = list(run(0, 1)), [batch for rank in range(2) for batch in run(rank, 2)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hdscale.config.recipe import DataConfig
 from hdscale.data.order import GlobalOrder, WindowedOrder, build_order, permute, positions_of, samples_at
 from hdscale.shards.sources.base import Listing
-from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.split import SplitSettings, assign_splits
 
 MASK64 = 2**64 - 1
 GOLDEN_GLOBAL = [154, 607, 290, 557, 904, 602]
@@ -91,7 +91,7 @@ def test_windowed_order_takes_the_shards_of_every_epoch_in_another_order():
 def test_windowed_order_puts_samples_of_a_class_side_by_side_no_more_often_than_chance():
     classes = np.repeat(np.arange(100), 300)
     listing = Listing(tuple(map(str, range(100))), [f"{row}.jpg" for row in range(30_000)], classes, [])
-    labels = classes[plan_splits(listing, PlanSettings())["train"]]  # as make_shards packs them
+    labels = classes[assign_splits(listing, SplitSettings())["train"]]  # as make_shards packs them
     index = np.zeros(30_000, dtype=[("shard", "<u4")])
     index["shard"] = np.arange(30_000) // 100
     order = build_order(index, DataConfig(), seed=0)

@@ -22,7 +22,7 @@ def load(shards, config, ids):
 
 def test_a_batch_is_announced_before_its_first_picture_is_read(digits, view_config, monkeypatch):
     calls = []
-    monkeypatch.setattr(type(digits), "announce", lambda _, ids: calls.append(ids.tolist()))
+    monkeypatch.setattr(type(digits), "prefetch", lambda _, ids: calls.append(ids.tolist()))
     read = type(digits).read
     monkeypatch.setattr(type(digits), "read", lambda shards, row: calls.append(row) or read(shards, row))
     batch = load(digits, view_config, [5, 3])

@@ -13,7 +13,7 @@ from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
 from hdscale.hashing import file_digest
 from hdscale.shards.sources.digits import Digits
-from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
 
 
@@ -22,7 +22,7 @@ def whole(tmp_path_factory):
     """60 digits in 6 shards; read only."""
     folder = tmp_path_factory.mktemp("whole")
     listing = Digits().listing()
-    rows = plan_splits(listing, PlanSettings())["train"][:60]
+    rows = assign_splits(listing, SplitSettings())["train"][:60]
     names = [listing.names[row] for row in rows]
     write_split(SplitJob(Digits(), folder, "train", listing.classes, names, listing.labels[rows], 10, {}), 0, id)
     return folder

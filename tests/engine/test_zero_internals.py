@@ -3,7 +3,7 @@ import weakref
 import torch
 from torch import nn
 
-from hdscale.engine.zero_internals import let_go_of_gathered
+from hdscale.engine.zero_internals import release_gathered_weights
 
 
 def build():
@@ -31,7 +31,7 @@ def run_as_zero_3_does(model):
 
 def test_the_graph_lets_go_of_gathered_parameters_and_gives_the_same_gradients():
     plain, changed = build(), build()
-    let_go_of_gathered(changed)
+    release_gathered_weights(changed)
     kept, gradients = run_as_zero_3_does(plain)
     assert kept == 2, "F.linear saves a view of its weight where its input needs a gradient"
     kept_now, gradients_now = run_as_zero_3_does(changed)
@@ -42,6 +42,6 @@ def test_the_graph_lets_go_of_gathered_parameters_and_gives_the_same_gradients()
 def test_a_forward_pass_without_gradients_is_left_alone():
     model = build()
     expected = model(torch.ones(2, 6))
-    let_go_of_gathered(model)
+    release_gathered_weights(model)
     with torch.no_grad():
         assert torch.equal(model(torch.ones(2, 6)), expected)

@@ -49,7 +49,7 @@ def teacher_names(tmp_path):
                 teacher_has_cls=True,
             )
             runs.append(TrainedRun(Path(f"run-{number}"), recipe, distiller.state_dict(), 1, None))
-        return [subject.name for subject in summary_subjects(runs) if subject.role == "teacher"]
+        return [candidate.name for candidate in summary_subjects(runs) if candidate.role == "teacher"]
 
     return names
 

@@ -4,14 +4,14 @@ import pytest
 
 from hdscale.analysis.curves import AttentionCurves
 from hdscale.evaluation.accuracy import Accuracy
-from hdscale.evaluation.measure import Row
+from hdscale.evaluation.measure import SummaryRow
 from hdscale.evaluation.summary import curve_scalars, render_knn, render_summary, student_differences, summary_json
 
 CURVES = AttentionCurves((1.0, 2.0, 3.0, 4.0, 5.0, 6.25), (0.0, 0.1, 0.2, 0.3, 0.4, 0.55))
 
 
 def make_row(name, role, accuracy, error=0.01, curves=CURVES, rate=None):
-    return Row(name, role, Accuracy(accuracy, error, 360), curves, rate)
+    return SummaryRow(name, role, Accuracy(accuracy, error, 360), curves, rate)
 
 
 def test_differences_below_twice_their_standard_error_are_none():

@@ -47,7 +47,7 @@ def profile_parts(session, batch):
             for role in ("feature", "relation"):
                 teacher = getattr(session.pair, role)
                 parts.timed(role, lambda teacher=teacher: teacher(batch.images, batch.keep_indices))
-        prepared = parts.timed("teachers", lambda: session.prepare(batch))
+        prepared = parts.timed("teachers", lambda: session.ask_teachers(batch))
         terms = parts.timed("forward", lambda prepared=prepared: session.engine(*prepared))
         parts.timed("backward", lambda terms=terms: session.engine.backward(terms.total))
         parts.timed("step", session.engine.step)
@@ -59,7 +59,7 @@ def seconds_per_step(session, batch, steps):
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
-        train_step(session.engine, session.prepare, batch)
+        train_step(session.engine, session.ask_teachers, batch)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps
 
@@ -77,7 +77,7 @@ def main():
     start = time.perf_counter()
     with generated_session(recipe, 1, student, teacher, micro_batch_size=given.micro_batch_size) as session:
         started = time.perf_counter() - start
-        loader = run_loader(session.run, session.ranks, 0, 1, session.keep_indices)
+        loader = run_loader(session.run, session.ranks, 0, 1, session.look_up_masks)
         batch = to_device(next(iter(loader)), session.ranks)
         seconds_per_step(session, batch, WARM_UP)
         seconds = seconds_per_step(session, batch, STEPS)

@@ -43,8 +43,10 @@ def test_fp16_steps_under_the_loss_scale_learn(world, tmp_path):
     recipe = load_recipe(world.recipe, overrides)
     zero2, teacher = (load_ds_config(ROOT / f"ds_configs/{name}.json") for name in ("zero2", "teacher_zero3"))
     with start_session(recipe, zero2, teacher) as session:
-        batch = to_device(next(iter(run_loader(session.run, session.ranks, 0, 1, session.keep_indices))), session.ranks)
-        losses = [train_step(session.engine, session.prepare, batch).total.item() for _ in range(STEPS)]
+        batch = to_device(
+            next(iter(run_loader(session.run, session.ranks, 0, 1, session.look_up_masks))), session.ranks
+        )
+        losses = [train_step(session.engine, session.ask_teachers, batch).total.item() for _ in range(STEPS)]
         assert session.engine.optimizer.loss_scale >= 1
         assert session.engine.skipped_steps < STEPS / 2
     assert all(map(math.isfinite, losses))

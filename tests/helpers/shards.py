@@ -8,7 +8,7 @@ import pytest
 from hdscale.config.recipe import DataConfig
 from hdscale.data.index import open_shards
 from hdscale.shards.sources.digits import Digits
-from hdscale.shards.split import PlanSettings, plan_splits
+from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
 
 
@@ -16,7 +16,7 @@ from hdscale.shards.writer import SplitJob, write_split
 def digit_folder(tmp_path_factory):
     """All digits in 18 shards of 100, the last one smaller; read only."""
     folder = tmp_path_factory.mktemp("digits")
-    write_source(Digits(), folder, PlanSettings(samples_per_shard=100))
+    write_source(Digits(), folder, SplitSettings(samples_per_shard=100))
     return folder
 
 
@@ -46,11 +46,11 @@ def view_config():
     return DataConfig(img_size=8, workers=0, window_shards=4)
 
 
-def write_source(source, folder: Path, settings: PlanSettings, workers=0, listing=None):
+def write_source(source, folder: Path, settings: SplitSettings, workers=0, listing=None):
     """Write all splits of a source; return their manifests."""
     listing = listing or source.listing()
     manifests = []
-    for split, rows in plan_splits(listing, settings).items():
+    for split, rows in assign_splits(listing, settings).items():
         job = SplitJob(
             source=source,
             output=folder,

@@ -34,7 +34,7 @@ def main(recipe, output):
             settings = [f"{name}.sharding={sharding}" for name in names] + [f"run.name={sharding}"]
             loaded = load_recipe(Path(recipe), settings)
             with start_session(loaded, config, teacher_config) as session:
-                (batch,) = run_loader(session.run, ranks, 0, 1, session.keep_indices)
+                (batch,) = run_loader(session.run, ranks, 0, 1, session.look_up_masks)
                 watch_collectives().read()
                 dist.barrier()
                 before = _sent()
@@ -43,10 +43,10 @@ def main(recipe, output):
                 sent, traffic = _sent() - before, watch_collectives().read()
                 outputs[sharding] = [targets.features, targets.keep_indices, *targets.relations]
                 found[sharding] = {
-                    "held": {name: held_elements(teacher) for name, teacher in session.hosted.items()},
+                    "held": {name: held_elements(teacher) for name, teacher in session.teacher_engines.items()},
                     "gathered_bytes": traffic.total.received_bytes,
                     "wire_bytes": sent,
-                    "loss": train_step(session.engine, session.prepare, batch).total.item(),
+                    "loss": train_step(session.engine, session.ask_teachers, batch).total.item(),
                     "dp_world_size": session.engine.dp_world_size,
                 }
                 dist.barrier()

@@ -65,7 +65,7 @@ def step(recipe, ds_config):
     teacher = load_ds_config(ROOT / "ds_configs/teacher_zero3.json")
     with start_session(recipe, ds_config, teacher) as session:
         before = full_state(session.engine)
-        batches = iter(run_loader(session.run, session.ranks, 0, 2, session.keep_indices))
+        batches = iter(run_loader(session.run, session.ranks, 0, 2, session.look_up_masks))
         losses = []
         counted = count_flops(lambda: losses.append(one_step(session, batches)))
         after = full_state(session.engine)
@@ -81,7 +81,7 @@ def step(recipe, ds_config):
 
 def one_step(session, batches):
     seed_everything(0, 0, 0, 0)  # drop-path
-    return train_step(session.engine, session.prepare, next(batches)).total.item()
+    return train_step(session.engine, session.ask_teachers, next(batches)).total.item()
 
 
 def pretraining_step(recipe, method):
@@ -116,7 +116,7 @@ def next_stage(folder, name):
         f"feature_teacher.weights={exported}",
     )
     with start_session(second, zero2, teacher) as session:
-        batches = list(run_loader(session.run, session.ranks, 0, 2, session.keep_indices))
+        batches = list(run_loader(session.run, session.ranks, 0, 2, session.look_up_masks))
         targets = session.pair(batches[0])
         with torch.no_grad():
             everything = student(batches[0].images).patch_tokens

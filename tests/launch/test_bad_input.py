@@ -270,12 +270,12 @@ def write_run(world, *, steps=(4,), **fingerprints):
 def plan(world, *overrides, allow_change=()):
     """Check the run as launch/train.py does, and start nothing."""
     from hdscale.teachers.build import build_teachers
-    from hdscale.training.run import identify, plan_run
+    from hdscale.training.run import check_run, with_fingerprints
 
     recipe = load_recipe(world.recipe, [ONLINE, *overrides])
     digests = {name: teacher.digest for name, teacher in build_teachers(recipe, 8).named().items()}
     config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
-    return identify(plan_run(recipe, config, allow_change=allow_change), digests, allow_change)
+    return with_fingerprints(check_run(recipe, config, allow_change=allow_change), digests, allow_change)
 
 
 def test_a_recipe_that_changed_since_the_checkpoint(own_world, spoiled, capsys):

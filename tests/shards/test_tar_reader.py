@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from hdscale.shards import tar_reader as tar_module
-from hdscale.shards.tar_reader import FILE, BadTar, Member, TarReader, TrailingData, shown
+from hdscale.shards.tar_reader import FILE, BadTar, Member, TarReader, TrailingData, printable
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 KINDS = {
@@ -288,5 +288,5 @@ def test_a_file_that_somebody_writes_to_is_noticed(tmp_path):
 
 
 def test_names_in_messages_are_short_and_printable():
-    assert shown("a\n\x1b[2Jé\udce9") == "a\\n\\x1b[2Jé\\udce9"
-    assert len(shown("\n" * 1000)) == 200
+    assert printable("a\n\x1b[2Jé\udce9") == "a\\n\\x1b[2Jé\\udce9"
+    assert len(printable("\n" * 1000)) == 200

@@ -14,7 +14,7 @@ from hdscale.shards import writer
 from hdscale.shards.sources.base import Listing
 from hdscale.shards.sources.digits import Digits
 from hdscale.shards.sources.image_folder import ImageFolder
-from hdscale.shards.split import Part, PlanSettings
+from hdscale.shards.split import MachineShare, SplitSettings
 from hdscale.shards.writer import SplitJob, finish_split, part_samples, write_part
 
 
@@ -37,7 +37,7 @@ class FirstDigits(Digits):
         return super().read(name)
 
 
-TENS = PlanSettings(samples_per_shard=10)
+TENS = SplitSettings(samples_per_shard=10)
 
 
 def content(folder):
@@ -216,7 +216,7 @@ def test_an_empty_file_in_place_of_an_unreadable_one_keeps_the_finished_shards(t
         (tmp_path / "pictures/a").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (3, 3)).save(tmp_path / f"pictures/a/{name}.png")
     (tmp_path / "pictures/a/4.png").symlink_to("nowhere")
-    source, ones = ImageFolder(tmp_path / "pictures"), PlanSettings(samples_per_shard=1)
+    source, ones = ImageFolder(tmp_path / "pictures"), SplitSettings(samples_per_shard=1)
     with pytest.raises(UserError, match=r"a/4.png cannot be read .*: mend it.*an empty file in its place is left out"):
         write(source, tmp_path / "shards", ones)
     (tmp_path / "pictures/a/4.png").unlink()
@@ -229,7 +229,7 @@ def test_a_skipped_picture_whose_name_is_no_text_is_named_with_escapes(tmp_path,
     (tmp_path / "pictures/a").mkdir(parents=True)
     Image.new("RGB", (3, 3)).save(tmp_path / "pictures/a/1.png")
     (tmp_path / os.fsdecode(b"pictures/a/\xc3\xa4\xff.png")).write_bytes(b"no picture")
-    (manifest,) = write(ImageFolder(tmp_path / "pictures"), tmp_path / "shards", PlanSettings())
+    (manifest,) = write(ImageFolder(tmp_path / "pictures"), tmp_path / "shards", SplitSettings())
     assert [item.name for item in manifest.skipped] == [r"a/ä\xff.png"]
 
 
@@ -250,7 +250,7 @@ def test_sizes_in_the_index_are_those_of_the_stored_pictures(tmp_path, write):
         path = tmp_path / "pictures" / "a" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size).save(path)
-    write(ImageFolder(tmp_path / "pictures"), tmp_path / "shards", PlanSettings())
+    write(ImageFolder(tmp_path / "pictures"), tmp_path / "shards", SplitSettings())
     index = open_shards(tmp_path / "shards", "train").index
     assert {(int(row["width"]), int(row["height"])) for row in index} == {(30, 20), (7, 90), (1, 1)}
 
@@ -279,11 +279,11 @@ def test_parts_write_their_shards_and_the_end_joins_them(tmp_path):
     whole, shared = digits_job(tmp_path / "whole"), digits_job(tmp_path / "shared")
     writer.write_split(whole, 0, no_progress)
     counts = []
-    write_part(shared, Part(2, 4), 0, counts.append)
+    write_part(shared, MachineShare(2, 4), 0, counts.append)
     assert {path.name for path in shared.output.glob("*.tar")} == {"train-000001.tar", "train-000005.tar"}
-    assert sum(counts) == part_samples(shared, Part(2, 4)) == 20
+    assert sum(counts) == part_samples(shared, MachineShare(2, 4)) == 20
     for number in (4, 1, 3):
-        write_part(shared, Part(number, 4), 0, no_progress)
+        write_part(shared, MachineShare(number, 4), 0, no_progress)
     assert not (shared.output / "train.manifest.json").exists()
     assert finish_split(shared) == finish_split(shared)
     assert content(whole.output) == content(shared.output)
@@ -293,7 +293,7 @@ def test_missing_shards_are_counted_by_part(tmp_path):
     job = digits_job(tmp_path)
     with pytest.raises(UserError, match=r"--finish: .* has no part of split train: run --part 1/n"):
         finish_split(job)
-    write_part(job, Part(2, 4), 0, no_progress)
+    write_part(job, MachineShare(2, 4), 0, no_progress)
     (tmp_path / "train-000005.tar").write_bytes(b"cut")
     message = r"5 of 6 shards of split train are missing \(2 of part 1/4, 1 of part 2/4, 1 of part 3/4, 1 of part 4/4\)"
     with pytest.raises(UserError, match=message):
@@ -302,7 +302,7 @@ def test_missing_shards_are_counted_by_part(tmp_path):
 
 def test_only_some_of_many_missing_parts_are_named(tmp_path):
     job = digits_job(tmp_path, samples_per_shard=1)
-    write_part(job, Part(1, 50), 0, no_progress)
+    write_part(job, MachineShare(1, 50), 0, no_progress)
     with pytest.raises(UserError, match=r"58 of 60 .*\(2 of part 2/50, .* 2 of part 6/50, ...\)"):
         finish_split(job)
 
@@ -316,19 +316,19 @@ def test_shards_that_an_interrupted_run_lacks_are_counted(tmp_path):
 
 def test_one_machine_may_write_what_parts_have_not(tmp_path):
     writer.write_split(digits_job(tmp_path / "whole"), 0, no_progress)
-    write_part(digits_job(tmp_path / "parts"), Part(2, 3), 0, no_progress)
+    write_part(digits_job(tmp_path / "parts"), MachineShare(2, 3), 0, no_progress)
     writer.write_split(digits_job(tmp_path / "parts"), 0, no_progress)
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
-    write_part(digits_job(tmp_path / "parts"), Part(1, 3), 0, no_progress)  # has nothing left to do
+    write_part(digits_job(tmp_path / "parts"), MachineShare(1, 3), 0, no_progress)  # has nothing left to do
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
 
 
 def test_all_parts_have_one_number_of_parts_and_the_same_settings(tmp_path):
-    write_part(digits_job(tmp_path), Part(1, 4), 0, no_progress)
+    write_part(digits_job(tmp_path), MachineShare(1, 4), 0, no_progress)
     with pytest.raises(UserError, match=r"--part: .* was begun in 4 parts, not 3: give parts of 4, or no --part"):
-        write_part(digits_job(tmp_path), Part(1, 3), 0, no_progress)
+        write_part(digits_job(tmp_path), MachineShare(1, 3), 0, no_progress)
     other = digits_job(tmp_path, made_by={"seed": 1})
-    for attempt in (lambda: write_part(other, Part(2, 4), 0, no_progress), lambda: finish_split(other)):
+    for attempt in (lambda: write_part(other, MachineShare(2, 4), 0, no_progress), lambda: finish_split(other)):
         with pytest.raises(UserError, match=r"made with --seed 0, not 1"):
             attempt()
 
@@ -341,13 +341,13 @@ def test_a_setting_that_only_the_earlier_run_had_is_refused(tmp_path):
 
 def test_a_part_leaves_the_temporary_files_of_others_alone(tmp_path):
     job = digits_job(tmp_path)
-    write_part(job, Part(1, 2), 0, no_progress)
+    write_part(job, MachineShare(1, 2), 0, no_progress)
     making = tmp_path / "train.making"
     own = [tmp_path / ".train-000003.tar.dead-7.tmp", making / ".000003.npy.dead-7.tmp"]
     others = [tmp_path / ".train-000004.tar.live-8.tmp", making / ".000004.json.live-8.tmp"]
     for path in own + others:
         path.touch()
-    write_part(job, Part(2, 2), 0, no_progress)
+    write_part(job, MachineShare(2, 2), 0, no_progress)
     assert [path.exists() for path in own + others] == [False, False, True, True]
 
 
@@ -357,9 +357,9 @@ def test_a_second_machine_finds_the_folder_that_another_made_meanwhile(tmp_path,
 
     def another_is_faster(path, fill):
         monkeypatch.setattr(writer, "create_folder", original)
-        write_part(digits_job(tmp_path), Part(1, 2), 0, no_progress)
+        write_part(digits_job(tmp_path), MachineShare(1, 2), 0, no_progress)
         original(path, fill)
 
     monkeypatch.setattr(writer, "create_folder", another_is_faster)
-    write_part(digits_job(tmp_path), Part(2, 2), 0, no_progress)
+    write_part(digits_job(tmp_path), MachineShare(2, 2), 0, no_progress)
     assert finish_split(digits_job(tmp_path)).num_samples == 60

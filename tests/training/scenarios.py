@@ -33,7 +33,7 @@ from hdscale.engine.zero_state import gather_shard
 from hdscale.errors import UserError
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.training.distill import distill, held_digests, host_teachers, start_session
+from hdscale.training.distill import build_teacher_engines, distill, start_session, teacher_digests
 from hdscale.training.loop import run_loader, train_step
 from hdscale.training.masks import precompute_masks
 from hdscale.training.pretrain import pretrain
@@ -229,11 +229,11 @@ def interrupt(lab):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    original, distillation.Session.prepare = distillation.Session.prepare, prepare
+    original, distillation.Session.ask_teachers = distillation.Session.ask_teachers, prepare
     try:
         code = lab.distill("interrupted", 2, *SHORT)
     finally:
-        distillation.Session.prepare = original
+        distillation.Session.ask_teachers = original
     latest = (lab.run_folder("interrupted") / "checkpoints/latest").read_text().strip()
     return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *SHORT)}
 
@@ -263,15 +263,15 @@ def teachers(lab):
     """Train two steps beside sharded teachers and look at them."""
     found = {}
     with lab.session("teachers", 3, "schedule.stop_after=2") as session:
-        before = held_digests(session.hosted)
-        held = {name: [held_elements(teacher)] for name, teacher in session.hosted.items()}
-        for batch in run_loader(session.run, lab.ranks, 0, 2, session.keep_indices):
-            train_step(session.engine, session.prepare, batch)
-            for name, teacher in session.hosted.items():
+        before = teacher_digests(session.teacher_engines)
+        held = {name: [held_elements(teacher)] for name, teacher in session.teacher_engines.items()}
+        for batch in run_loader(session.run, lab.ranks, 0, 2, session.look_up_masks):
+            train_step(session.engine, session.ask_teachers, batch)
+            for name, teacher in session.teacher_engines.items():
                 held[name].append(held_elements(teacher))
         recipe = lab.recipe("whole", "feature_teacher.sharding=replicate", "relation_teacher.sharding=replicate")
         fresh = build_teachers(recipe, 8)
-        whole = host_teachers(fresh, recipe, lab.teacher, "fp32", lab.ranks)
+        whole = build_teacher_engines(fresh, recipe, lab.teacher, "fp32", lab.ranks)
         pair = TeacherPair(
             whole["feature_teacher"],
             whole["relation_teacher"],
@@ -289,7 +289,7 @@ def teachers(lab):
         )
         found["totals"] = {name: sum(p.numel() for p in teacher.parameters()) for name, teacher in whole.items()}
         found["held"] = lab.everyone(held)
-        found["digests"] = lab.everyone([before, held_digests(session.hosted)])
+        found["digests"] = lab.everyone([before, teacher_digests(session.teacher_engines)])
     return found
 
 
@@ -298,7 +298,7 @@ def spoiled_teacher(lab):
 
     def spoil(run, engine, ranks, prepare, **_):
         with torch.no_grad():
-            next(iter(prepare.__self__.hosted["relation_teacher"].parameters())).add_(1e-3)
+            next(iter(prepare.__self__.teacher_engines["relation_teacher"].parameters())).add_(1e-3)
         return 0
 
     original, distillation.train_run = distillation.train_run, spoil
@@ -327,7 +327,7 @@ def _dtypes(session, lab):
     """Look at what the module gets through the engine."""
     seen = []
     session.engine.module.register_forward_pre_hook(lambda _, given: seen.append(given))
-    train_step(session.engine, session.prepare, next(iter(run_loader(session.run, lab.ranks, 0, 1, None))))
+    train_step(session.engine, session.ask_teachers, next(iter(run_loader(session.run, lab.ranks, 0, 1, None))))
     ((images, targets),) = seen
     weight = next(iter(session.engine.module.parameters())).dtype
     kinds = {

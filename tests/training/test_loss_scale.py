@@ -71,7 +71,7 @@ def log(optimizer):
         "progress": lambda *_: None,
         "quarantine": SimpleNamespace(sample_ids=[]),
     }
-    meter = SimpleNamespace(read=lambda: trainer._Reading(LossTerms(1.0, 0.5, 0.5), 100.0, 0.0, 0.0, 0.0))
+    meter = SimpleNamespace(read=lambda: trainer.Reading(LossTerms(1.0, 0.5, 0.5), 100.0, 0.0, 0.0, 0.0))
     written = Written()
     trainer._log(trainer.Trainer(**fields), meter, written, 3)
     (line,) = written.lines

@@ -27,7 +27,7 @@ from hdscale.teachers.build import build_teacher
 from hdscale.training.distill import start_session
 from hdscale.training.loop import Plan, train_run
 from hdscale.training.masks import open_mask_store, store_fingerprint
-from hdscale.training.run import identify, plan_run, start_engine
+from hdscale.training.run import check_run, start_engine, with_fingerprints
 from hdscale.training.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def earlier(recipe):
 
 
 def plan(recipe, *allowed):
-    return plan_run(recipe, DS_CONFIG, allow_change=allowed)
+    return check_run(recipe, DS_CONFIG, allow_change=allowed)
 
 
 def test_a_run_is_known_by_its_data_its_precision_and_everything_that_decides_a_view(recipe):
@@ -109,8 +109,8 @@ def test_a_checkpoint_of_another_teacher_is_refused_by_its_name(name, recipe, ea
     earlier(plan(recipe).fingerprints | DIGESTS, **{name: "a" * 64})
     run = plan(recipe)
     with pytest.raises(UserError, match=rf"another {name} \(sha256 aaaaaaaaaaaa\.\.\., now "):
-        identify(run, DIGESTS, [])
-    assert identify(run, DIGESTS, [name]).fingerprints == run.fingerprints | DIGESTS
+        with_fingerprints(run, DIGESTS, [])
+    assert with_fingerprints(run, DIGESTS, [name]).fingerprints == run.fingerprints | DIGESTS
 
 
 def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_refused(recipe, earlier):
@@ -144,7 +144,7 @@ def test_a_session_compares_the_weights_of_both_teachers(name, recipe, earlier):
 
 @pytest.mark.parametrize("name", [*FOUND_BEFORE_TEACHERS, *TEACHERS, "checkpoint step", "gradient accumulation"])
 def test_ranks_that_have_found_different_things_are_named_before_any_engine_is_built(name, recipe, monkeypatch):
-    run = identify(plan(recipe), DIGESTS, [])
+    run = with_fingerprints(plan(recipe), DIGESTS, [])
 
     def gather(values, mine):
         assert name in mine

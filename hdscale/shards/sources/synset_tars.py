@@ -14,7 +14,7 @@ from hdscale.shards.sources.base import EXTENSIONS, Listing
 from hdscale.shards.sources.classes import choose_classes
 from hdscale.shards.sources.packed_names import PackedNames
 from hdscale.shards.sources.stored_picture import Picture, Resize, stored_picture
-from hdscale.shards.tar_reader import shown
+from hdscale.shards.tar_reader import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ def members(path: Path, start: int, end: int) -> Iterator[Member]:
             raise
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             # tarfile believes what headers say: numbers that are none, names of exabytes, headers of headers of headers
-            raise CutTar(shown(str(error) or type(error).__name__)) from None
+            raise CutTar(printable(str(error) or type(error).__name__)) from None
 
 
 class SynsetTars:
