@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hdscale.training.distill import Session
+    from hdscale.training.run import Session
 
 
 def teacher_counts(session: Session) -> list[tuple[list[int], Any]]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hdscale.config.recipe import Recipe
     from hdscale.engine.collectives import Traffic
     from hdscale.engine.zero_internals import Engine
-    from hdscale.training.distill import Session
+    from hdscale.training.run import Session
 
 _STEPS = 3
 """ZeRO-3 records in the first two which parameter follows on which; the third is what all others are like."""
@@ -160,7 +160,7 @@ class _Steps:
         self.targets = ""
         self.held: dict[str, int] = {}
         self._collectives = watch_collectives()
-        self._batches = iter(run_loader(session.run, session.ranks, 0, _STEPS, session.look_up_masks))
+        self._batches = iter(run_loader(session, 0, _STEPS))
         self._tokens: Tokens | None = None
 
     def run_one(self) -> None:

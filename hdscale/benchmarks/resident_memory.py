@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from hdscale.benchmarks.memory_formulas import Tokens
     from hdscale.config.recipe import Recipe
-    from hdscale.training.distill import Session
+    from hdscale.training.run import Session
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SMALL_BLOCK = 2**20
@@ -95,7 +95,7 @@ def measure_resident(
 
 def _train(session: Session, steps: int) -> Tokens:
     tokens = None
-    for batch in run_loader(session.run, session.ranks, 0, steps, session.look_up_masks):
+    for batch in run_loader(session, 0, steps):
         images, targets = session.ask_teachers(to_device(batch, session.ranks))
         terms = session.engine(images, targets)
         session.engine.backward(terms.total)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from hdscale.config.recipe import DataConfig
 from hdscale.data.decode import decode_view
+from hdscale.data.index import ShardSet
 from hdscale.data.pictures import BadPicture
 from hdscale.data.views import central_square, view_parameters
 from hdscale.errors import UserError
 from hdscale.hashing import hash_int
 from hdscale.types import BadSample, Batch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-
-    from torch import Tensor
-
-    from hdscale.config.recipe import DataConfig
-    from hdscale.data.index import ShardSet
-
-    MaskLookup = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
+MaskLookup = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
+"""Takes sample ids (B,) and views (B,), returns kept patches (B, K), ascending: how stored masks reach a batch."""
 
 EVAL_VIEW = -1
 """`Batch.views` of samples that are shown without augmentation."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED
+from hdscale.config.recipe import Recipe
 from hdscale.data.fingerprint import view_fingerprint
-from hdscale.data.index import open_shards
+from hdscale.data.index import ShardSet, open_shards
 from hdscale.data.loader import SequentialLoader
-from hdscale.engine.ranks import distributed
+from hdscale.engine.ranks import Ranks, distributed
 from hdscale.engine.zero import build_teacher_engine
 from hdscale.errors import UserError
 from hdscale.masking.bits import pack_indices, row_bytes
@@ -22,21 +25,10 @@ from hdscale.masking.progressive import expected_num_keep
 from hdscale.masking.store import MaskStore
 from hdscale.progress import Progress
 from hdscale.student.build import student_grid_size
-from hdscale.teachers.build import build_teacher
+from hdscale.teachers.build import FrozenTeacher, build_teacher
 from hdscale.teachers.targets import online_keep_indices
-from hdscale.training.run import planned_precision
+from hdscale.training.run import Run, planned_precision
 from hdscale.training.stop import StopFlag
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
-    from hdscale.config.recipe import Recipe
-    from hdscale.data.index import ShardSet
-    from hdscale.engine.ranks import Ranks
-    from hdscale.teachers.build import FrozenTeacher
-    from hdscale.training.run import Run
 
 
 def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: TextIO | None = None) -> int:

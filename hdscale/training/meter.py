@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from hdscale.engine.collectives import watch_collectives
+from hdscale.engine.ranks import Ranks
+from hdscale.flops import peak_flops
+from hdscale.training.run import Session
 from hdscale.types import Batch, LossTerms
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from hdscale.engine.ranks import Ranks
 
 
 class Reading(NamedTuple):
@@ -25,7 +24,7 @@ class Reading(NamedTuple):
     images_per_second: float  # of all ranks
     data_wait: float
     communication: float
-    sent_bytes: float  # by this rank in DeepSpeed's collectives, a micro-step
+    sent_bytes: float  # by this rank in DeepSpeed's collectives, per micro-step
 
 
 class Meter:
@@ -82,13 +81,58 @@ class Meter:
         return reading
 
 
-def name_limit(reading: Reading) -> str:
-    """Name what takes more than half of the time, if it is not the computation."""
+def log_line(session: Session, reading: Reading, step: int, bad_samples: int) -> dict[str, Any]:
+    """Return one line of `metrics.jsonl`.
+
+    Args:
+        session: the run, after `step` optimizer steps.
+        reading: of the meter, since the last line.
+        step: optimizer steps done.
+        bad_samples: samples in quarantine so far.
+    """
+    run, engine, ranks = session.run, session.engine, session.ranks
+    samples = step * run.recipe.optim.global_batch_size
+    norm = engine.get_global_grad_norm()
+    return {
+        "step": step,
+        "epoch": samples / run.shards.num_samples,
+        "samples_seen": samples,
+        "loss": reading.losses.total,
+        "loss_feature": reading.losses.feature,
+        "loss_relation": reading.losses.relation,
+        "lr": run.schedule.lr(step - 1),
+        "grad_norm": None if norm is None else float(norm),
+        "loss_scale": float(engine.optimizer.loss_scale),
+        "skipped_steps": engine.skipped_steps,
+        "images_per_second": reading.images_per_second,
+        "data_wait": reading.data_wait,
+        "communication": reading.communication,
+        "sent_gb": reading.sent_bytes * run.accumulation / 1e9,
+        "bad_samples": bad_samples,
+        "mfu": _model_flops_utilisation(session, reading.images_per_second),
+        "flops_per_image": session.flops_per_image,
+        "memory_gb": peak_memory_gb(ranks),
+    }
+
+
+def _model_flops_utilisation(session: Session, images_per_second: float) -> float | None:
+    """Return the share of the devices' peak that training uses; None where the device's peak is not known."""
+    device = session.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_flops(name, session.run.precision)
+    if not session.flops_per_image or not peak:
+        return None
+    return images_per_second * session.flops_per_image / (peak * session.ranks.world_size)
+
+
+def progress_text(reading: Reading) -> str:
+    """Return the loss, the rate, and what takes more than half of the time, if it is not the computation."""
+    text = f"loss {reading.losses.total:.4f}, {reading.images_per_second:.1f} images/s"
     if reading.communication > 0.5:
-        return f", communication is the limit ({reading.communication:.0%} of the time in collectives)"
+        return f"{text}, communication is the limit ({reading.communication:.0%} of the time in collectives)"
     if reading.data_wait > 0.5:
-        return f", data is the limit ({reading.data_wait:.0%} of the time waiting for it)"
-    return ""
+        return f"{text}, data is the limit ({reading.data_wait:.0%} of the time waiting for it)"
+    return text
 
 
 def peak_memory_gb(ranks: Ranks) -> float:

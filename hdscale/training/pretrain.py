@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from torch import nn
 
 from hdscale.cli import EXIT_DONE
+from hdscale.config.recipe import Recipe
 from hdscale.data.index import require_labels
 from hdscale.engine.ranks import distributed
 from hdscale.errors import UserError
@@ -14,15 +18,8 @@ from hdscale.runs.checkpoint import require_checkpoint
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import build_student
 from hdscale.training.loop import train_run
-from hdscale.training.run import check_run, start_engine, with_fingerprints
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import nn
-
-    from hdscale.config.recipe import Recipe
-    from hdscale.types import Batch
+from hdscale.training.run import Session, check_run, start_engine, with_fingerprints
+from hdscale.types import Batch
 
 ENCODER_FILE = "encoder.safetensors"
 """In the run folder: what a recipe's teacher section names as `weights`."""
@@ -45,13 +42,13 @@ def pretrain(
         allow_change: what may differ from the run's earlier start.
         stream: where the first rank shows progress.
     """
-    run = with_fingerprints(check_run(recipe, ds_config, allow_change=allow_change), {"method": method}, allow_change)
+    run = with_fingerprints(check_run(recipe, ds_config, allow_change), {"method": method})
     if method == "supervised":
         require_labels(run.shards, "--method supervised")
-    module, prepare = _build(recipe, method, len(run.shards.classes))
+    module, engine_arguments = _build(recipe, method, len(run.shards.classes))
     with distributed() as ranks:
-        engine = start_engine(run, module, ranks)
-        code = train_run(run, engine, ranks, prepare, stream=stream)
+        session = Session(run, ranks, start_engine(run, module, ranks), engine_arguments)
+        code = train_run(session, stream)
         if code == EXIT_DONE and ranks.is_first:
             state = require_checkpoint(run.folder).module_state()
             export_student(state, recipe.student, recipe.data.img_size, run.folder / ENCODER_FILE, kind=method)
@@ -60,6 +57,7 @@ def pretrain(
 
 
 def _build(recipe: Recipe, method: str, num_classes: int) -> tuple[nn.Module, Callable[[Batch], tuple[Any, ...]]]:
+    """Return what is trained, and what turns a batch into its arguments."""
     seed = recipe.run.seed
     if recipe.student.mask_tokens == "encoder":
         raise UserError(f"student.mask_tokens must be none for method {method}, got encoder: it has masks of its own")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hdscale.config.recipe import DataConfig
+from hdscale.data.index import ShardSet
 from hdscale.data.samples import too_many_bad
+from hdscale.engine.ranks import Ranks
+from hdscale.errors import UserError
 from hdscale.runs.step_log import StepLog
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
-    from hdscale.config.recipe import DataConfig
-    from hdscale.data.index import ShardSet
-    from hdscale.engine.ranks import Ranks
-    from hdscale.errors import UserError
-    from hdscale.types import BadSample
+from hdscale.types import BadSample
 
 QUARANTINE_FILE = "quarantine.jsonl"
 

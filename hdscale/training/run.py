@@ -1,51 +1,70 @@
-"""What every run needs, checked before a device is taken; and the way from there to a finished run folder."""
+"""A run: checked against its data and its folder before anything is built, then an engine that goes on from there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from hdscale.cluster.arrival import check_same
+from hdscale.config.recipe import Recipe
 from hdscale.data.fingerprint import view_fingerprint
-from hdscale.data.index import open_shards
+from hdscale.data.index import ShardSet, open_shards
 from hdscale.data.loader import accumulation_steps
-from hdscale.engine.ranks import resolve_precision
+from hdscale.data.samples import MaskLookup
+from hdscale.engine.ranks import Ranks, resolve_precision
 from hdscale.engine.zero import build_student_engine, student_ds_config
+from hdscale.engine.zero_internals import Engine
 from hdscale.engine.zero_state import restore
 from hdscale.errors import UserError
-from hdscale.runs.checkpoint import newest_checkpoint
+from hdscale.runs.checkpoint import Checkpoint, newest_checkpoint
 from hdscale.runs.folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
 from hdscale.training.schedule import Schedule, build_schedule
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from hdscale.config.recipe import Recipe
-    from hdscale.data.index import ShardSet
-    from hdscale.engine.ranks import Ranks
-    from hdscale.engine.zero_internals import Engine
-    from hdscale.runs.checkpoint import Checkpoint
+from hdscale.types import Batch
 
 
 class Run(NamedTuple):
     """A run that is known to make sense: nothing here has touched a device or another rank."""
 
     recipe: Recipe
-    ds_config: dict[str, Any]
+    ds_config: dict[str, Any]  # complete, as DeepSpeed takes it
     folder: Path
     shards: ShardSet
     schedule: Schedule
-    accumulation: int
-    precision: str
-    fingerprints: dict[str, Any]
-    checkpoint: Checkpoint | None
+    accumulation: int  # micro-steps per optimizer step
+    precision: str  # resolved: fp32, fp16 or bf16
+    fingerprints: dict[str, Any]  # of everything that a resume may not change, by name
+    checkpoint: Checkpoint | None  # what the run goes on from
+    allow_change: Sequence[str]  # fields and fingerprints that may differ from the run's earlier start
+
+    @property
+    def start_step(self) -> int:
+        """Optimizer steps done already."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def end_step(self) -> int:
+        """Optimizer steps done when this start of the run ends."""
+        total = self.schedule.total_steps
+        return min(total, self.recipe.schedule.stop_after or total)
+
+
+class Session(NamedTuple):
+    """A run on all ranks, ready for its first step."""
+
+    run: Run  # with the fingerprints of all that was built for it
+    ranks: Ranks
+    engine: Engine
+    ask_teachers: Callable[[Batch], tuple[Any, ...]]
+    """Takes a batch on the device, returns the engine's arguments; in pretraining, labels or a mask are the teacher."""
+    look_up_masks: MaskLookup | None = None
     flops_per_image: float | None = None  # of one training step, for the log's `mfu`
+    teacher_engines: Mapping[str, nn.Module] = {}  # by recipe section
 
 
 def planned_world_size() -> int:
@@ -58,13 +77,8 @@ def planned_precision(recipe: Recipe) -> str:
     return resolve_precision(recipe.run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def check_run(
-    recipe: Recipe,
-    ds_config: Mapping[str, Any],
-    *,
-    allow_change: Sequence[str],
-) -> Run:
-    """Check a run against its data and against what its folder already holds.
+def check_run(recipe: Recipe, ds_config: Mapping[str, Any], allow_change: Sequence[str] = ()) -> Run:
+    """Check a run against its data and against what its folder already holds; the disk is read, nothing is built.
 
     Args:
         recipe: resolved.
@@ -86,15 +100,26 @@ def check_run(
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         check_recipe_unchanged(folder, recipe, allow_change)
-        _check_fingerprints(checkpoint, fingerprints, allow_change)
     completed = student_ds_config(ds_config, recipe.optim, accumulation=accumulation, precision=precision)
-    return Run(recipe, completed, folder, shards, schedule, accumulation, precision, fingerprints, checkpoint)
+    run = Run(recipe, completed, folder, shards, schedule, accumulation, precision, {}, checkpoint, allow_change)
+    return with_fingerprints(run, fingerprints)
 
 
-def with_fingerprints(run: Run, fingerprints: Mapping[str, str], allow_change: Sequence[str]) -> Run:
-    """Add what was not known yet, such as the teachers' digests, and check the checkpoint against it, too."""
+def with_fingerprints(run: Run, fingerprints: Mapping[str, Any]) -> Run:
+    """Add what is known now, such as the teachers' digests.
+
+    Raises:
+        UserError: the run's checkpoint was made with another one.
+    """
     if run.checkpoint is not None:
-        _check_fingerprints(run.checkpoint, fingerprints, allow_change)
+        before = run.checkpoint.state["fingerprints"]
+        for name in sorted(fingerprints):
+            if before.get(name) != fingerprints[name] and not is_allowed(name, run.allow_change):
+                raise UserError(
+                    f"{run.checkpoint.path}: was made with another {name} ({_short(before.get(name))}, now "
+                    f"{_short(fingerprints[name])}): put it back, choose another run.name, or pass "
+                    f"--allow-change {name!r}"
+                )
     return run._replace(fingerprints={**run.fingerprints, **fingerprints})
 
 
@@ -111,16 +136,6 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
         write_run_folder(run.folder, run.recipe, run.ds_config, ranks.world_size)
     dist.barrier()
     return engine
-
-
-def _check_fingerprints(checkpoint: Checkpoint, now: Mapping[str, Any], allow_change: Sequence[str]) -> None:
-    before = checkpoint.state["fingerprints"]
-    for name in sorted(now):
-        if before.get(name) != now[name] and not is_allowed(name, allow_change):
-            raise UserError(
-                f"{checkpoint.path}: was made with another {name} ({_short(before.get(name))}, now "
-                f"{_short(now[name])}): put it back, choose another run.name, or pass --allow-change {name!r}"
-            )
 
 
 def _short(value: Any) -> str:

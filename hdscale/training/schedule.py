@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from hdscale.config.recipe import OptimConfig, ScheduleConfig
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import OptimConfig, ScheduleConfig
 
 
 class Schedule(NamedTuple):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
 from hdscale.cli import EXIT_DONE
+from hdscale.config.recipe import Recipe, TeacherConfig
+from hdscale.engine.ranks import distributed
 from hdscale.flops import count_flops
 from hdscale.masking.bits import pack_indices
 from hdscale.masking.progressive import expected_num_keep
@@ -21,20 +24,13 @@ from hdscale.masking.store import MaskStore
 from hdscale.shards.sources.image_folder import ImageFolder
 from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
-from hdscale.training.distill import start_session
+from hdscale.teachers.build import FrozenTeacher
+from hdscale.training.distill import build_models, start
 from hdscale.training.loop import run_loader, seed_everything, to_device, train_step
 from hdscale.training.masks import store_fingerprint
 from hdscale.training.meter import peak_memory_gb
-from hdscale.training.run import planned_world_size
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from hdscale.config.recipe import Recipe, TeacherConfig
-    from hdscale.teachers.build import FrozenTeacher
-    from hdscale.training.distill import Session
-    from hdscale.training.run import Run
-    from hdscale.types import Batch
+from hdscale.training.run import Run, Session, check_run, planned_world_size
+from hdscale.types import Batch
 
 _PICTURE = (375, 500)  # height, width in pixels: ImageNet's usual
 
@@ -78,12 +74,12 @@ def generated_session(
     """Start a session for a few optimizer steps that needs no file; what it wrote goes at the end.
 
     Args:
-        recipe: see `smoke`, like the next three.
-        steps: see there.
-        ds_config: see there.
-        teacher_ds_config: see there.
+        recipe: of which everything is taken but what `smoke` names.
+        steps: optimizer steps; as many pictures are generated.
+        ds_config: checked DeepSpeed config of the student.
+        teacher_ds_config: the same of teachers with `sharding: zero3` or `node`.
         micro_batch_size: replaces the recipe's.
-        accumulation: micro-steps in an optimizer step.
+        accumulation: micro-steps per optimizer step.
     """
     world_size = planned_world_size()
     global_batch_size = micro_batch_size * accumulation * world_size
@@ -91,13 +87,15 @@ def generated_session(
     with tempfile.TemporaryDirectory(prefix="hdscale-smoke-") as folder:
         _write_shards(Path(folder), recipe, steps * global_batch_size)
         small = _smoke_recipe(recipe, Path(folder), micro_batch_size, global_batch_size)
-        with start_session(small, ds_config, teacher_ds_config, open_store=_random_masks) as session:
-            yield session
+        run = check_run(small, ds_config)
+        models = build_models(run, _random_masks)
+        with distributed() as ranks:
+            yield start(run, models, ranks, teacher_ds_config)
 
 
 def _run_steps(session: Session, steps: int) -> _Figures:
     run, ranks = session.run, session.ranks
-    batches = iter(run_loader(run, ranks, 0, steps, session.look_up_masks))
+    batches = iter(run_loader(session, 0, steps))
     seconds: list[float] = []
     losses: list[float] = []
     flops = 0
@@ -116,7 +114,7 @@ def _run_steps(session: Session, steps: int) -> _Figures:
 
 
 def _step(session: Session, batches: Iterator[Batch]) -> float:
-    terms = train_step(session.engine, session.ask_teachers, to_device(next(batches), session.ranks))
+    terms = train_step(session, to_device(next(batches), session.ranks))
     return terms.total.item()
 
 

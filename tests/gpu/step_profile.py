@@ -45,7 +45,7 @@ def profile_parts(session, batch):
     for _ in range(STEPS):
         with torch.no_grad():
             for role in ("feature", "relation"):
-                teacher = getattr(session.pair, role)
+                teacher = session.teacher_engines[f"{role}_teacher"]
                 parts.timed(role, lambda teacher=teacher: teacher(batch.images, batch.keep_indices))
         prepared = parts.timed("teachers", lambda: session.ask_teachers(batch))
         terms = parts.timed("forward", lambda prepared=prepared: session.engine(*prepared))
@@ -59,7 +59,7 @@ def seconds_per_step(session, batch, steps):
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
-        train_step(session.engine, session.ask_teachers, batch)
+        train_step(session, batch)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps
 
@@ -77,7 +77,7 @@ def main():
     start = time.perf_counter()
     with generated_session(recipe, 1, student, teacher, micro_batch_size=given.micro_batch_size) as session:
         started = time.perf_counter() - start
-        loader = run_loader(session.run, session.ranks, 0, 1, session.look_up_masks)
+        loader = run_loader(session, 0, 1)
         batch = to_device(next(iter(loader)), session.ranks)
         seconds_per_step(session, batch, WARM_UP)
         seconds = seconds_per_step(session, batch, STEPS)

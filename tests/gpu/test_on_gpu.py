@@ -9,9 +9,9 @@ from hdscale.cluster.device import check_attention, quick_check
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.engine.ranks import resolve_precision
-from hdscale.training.distill import start_session
 from hdscale.training.loop import run_loader, to_device, train_step
 from tests.conftest import ROOT
+from tests.helpers.sessions import started
 
 pytestmark = pytest.mark.gpu
 STEPS = 20
@@ -42,11 +42,9 @@ def test_fp16_steps_under_the_loss_scale_learn(world, tmp_path):
     overrides = ["run.precision=fp16", f"run.root={tmp_path}", "mask.source=online", "schedule.warmup_epochs=0"]
     recipe = load_recipe(world.recipe, overrides)
     zero2, teacher = (load_ds_config(ROOT / f"ds_configs/{name}.json") for name in ("zero2", "teacher_zero3"))
-    with start_session(recipe, zero2, teacher) as session:
-        batch = to_device(
-            next(iter(run_loader(session.run, session.ranks, 0, 1, session.look_up_masks))), session.ranks
-        )
-        losses = [train_step(session.engine, session.ask_teachers, batch).total.item() for _ in range(STEPS)]
+    with started(recipe, zero2, teacher) as session:
+        batch = to_device(next(iter(run_loader(session, 0, 1))), session.ranks)
+        losses = [train_step(session, batch).total.item() for _ in range(STEPS)]
         assert session.engine.optimizer.loss_scale >= 1
         assert session.engine.skipped_steps < STEPS / 2
     assert all(map(math.isfinite, losses))

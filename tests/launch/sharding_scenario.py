@@ -15,8 +15,8 @@ from hdscale.config.loading import load_recipe
 from hdscale.engine.collectives import watch_collectives
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero_internals import held_elements
-from hdscale.training.distill import start_session
 from hdscale.training.loop import run_loader, train_step
+from tests.helpers.sessions import started
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDINGS = ("node", "zero3", "replicate")
@@ -33,12 +33,12 @@ def main(recipe, output):
             names = ("feature_teacher", "relation_teacher")
             settings = [f"{name}.sharding={sharding}" for name in names] + [f"run.name={sharding}"]
             loaded = load_recipe(Path(recipe), settings)
-            with start_session(loaded, config, teacher_config) as session:
-                (batch,) = run_loader(session.run, ranks, 0, 1, session.look_up_masks)
+            with started(loaded, config, teacher_config) as session:
+                (batch,) = run_loader(session, 0, 1)
                 watch_collectives().read()
                 dist.barrier()
                 before = _sent()
-                targets = session.pair(batch)
+                _, targets = session.ask_teachers(batch)
                 dist.barrier()
                 sent, traffic = _sent() - before, watch_collectives().read()
                 outputs[sharding] = [targets.features, targets.keep_indices, *targets.relations]
@@ -46,7 +46,7 @@ def main(recipe, output):
                     "held": {name: held_elements(teacher) for name, teacher in session.teacher_engines.items()},
                     "gathered_bytes": traffic.total.received_bytes,
                     "wire_bytes": sent,
-                    "loss": train_step(session.engine, session.ask_teachers, batch).total.item(),
+                    "loss": train_step(session, batch).total.item(),
                     "dp_world_size": session.engine.dp_world_size,
                 }
                 dist.barrier()

@@ -19,10 +19,11 @@ from hdscale.flops import count_flops
 from hdscale.runs.checkpoint import require_checkpoint
 from hdscale.runs.folder import run_folder_of
 from hdscale.student.load import load_student
-from hdscale.training.distill import distill, start_session
+from hdscale.training.distill import distill
 from hdscale.training.loop import run_loader, seed_everything, train_step
 from hdscale.training.pretrain import pretrain
 from launch.export import main as export
+from tests.helpers.sessions import started
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 4
@@ -63,9 +64,9 @@ def small(path, folder, *more):
 def step(recipe, ds_config):
     """Train two steps; return the losses, parameters that did not move, and the first step's FLOPs, both ways."""
     teacher = load_ds_config(ROOT / "ds_configs/teacher_zero3.json")
-    with start_session(recipe, ds_config, teacher) as session:
+    with started(recipe, ds_config, teacher) as session:
         before = full_state(session.engine)
-        batches = iter(run_loader(session.run, session.ranks, 0, 2, session.look_up_masks))
+        batches = iter(run_loader(session, 0, 2))
         losses = []
         counted = count_flops(lambda: losses.append(one_step(session, batches)))
         after = full_state(session.engine)
@@ -75,13 +76,13 @@ def step(recipe, ds_config):
             "losses": losses,
             "still": [name for name in names if torch.equal(before[name], after[name])],
             "counted": counted,
-            "computed": BATCH * session.run.flops_per_image,
+            "computed": BATCH * session.flops_per_image,
         }
 
 
 def one_step(session, batches):
     seed_everything(0, 0, 0, 0)  # drop-path
-    return train_step(session.engine, session.ask_teachers, next(batches)).total.item()
+    return train_step(session, next(batches)).total.item()
 
 
 def pretraining_step(recipe, method):
@@ -115,9 +116,9 @@ def next_stage(folder, name):
         f"run.name={name}-second",
         f"feature_teacher.weights={exported}",
     )
-    with start_session(second, zero2, teacher) as session:
-        batches = list(run_loader(session.run, session.ranks, 0, 2, session.look_up_masks))
-        targets = session.pair(batches[0])
+    with started(second, zero2, teacher) as session:
+        batches = list(run_loader(session, 0, 2))
+        _, targets = session.ask_teachers(batches[0])
         with torch.no_grad():
             everything = student(batches[0].images).patch_tokens
         hidden = [

@@ -275,7 +275,7 @@ def plan(world, *overrides, allow_change=()):
     recipe = load_recipe(world.recipe, [ONLINE, *overrides])
     digests = {name: teacher.digest for name, teacher in build_teachers(recipe, 8).named().items()}
     config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
-    return with_fingerprints(check_run(recipe, config, allow_change=allow_change), digests, allow_change)
+    return with_fingerprints(check_run(recipe, config, allow_change), digests)
 
 
 def test_a_recipe_that_changed_since_the_checkpoint(own_world, spoiled, capsys):

@@ -33,11 +33,12 @@ from hdscale.engine.zero_state import gather_shard
 from hdscale.errors import UserError
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.training.distill import build_teacher_engines, distill, start_session, teacher_digests
+from hdscale.training.distill import build_teacher_engines, distill, teacher_digests
 from hdscale.training.loop import run_loader, train_step
 from hdscale.training.masks import precompute_masks
 from hdscale.training.pretrain import pretrain
 from hdscale.training.smoke import smoke
+from tests.helpers.sessions import started
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD, MORE_BAD = [3, 30], [10, 44, 59]
@@ -65,7 +66,7 @@ class Lab:
         return distill(self.recipe(name, *overrides), self.configs[stage], self.teacher)
 
     def session(self, name, stage, *overrides):
-        return start_session(self.recipe(name, *overrides), self.configs[stage], self.teacher_all)
+        return started(self.recipe(name, *overrides), self.configs[stage], self.teacher_all)
 
     def run_folder(self, name):
         return self.folder / "runs" / name
@@ -223,17 +224,22 @@ def interrupt(lab):
     """Send SIGTERM to the last rank in its fourth step."""
     batches = []
 
-    def prepare(self, batch):
-        batches.append(batch)
-        if len(batches) == STOP and lab.ranks.rank == lab.ranks.world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
+    def start(*what):
+        session = original(*what)
 
-    original, distillation.Session.ask_teachers = distillation.Session.ask_teachers, prepare
+        def ask_teachers(batch):
+            batches.append(batch)
+            if len(batches) == STOP and lab.ranks.rank == lab.ranks.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return session.ask_teachers(batch)
+
+        return session._replace(ask_teachers=ask_teachers)
+
+    original, distillation.start = distillation.start, start
     try:
         code = lab.distill("interrupted", 2, *SHORT)
     finally:
-        distillation.Session.ask_teachers = original
+        distillation.start = original
     latest = (lab.run_folder("interrupted") / "checkpoints/latest").read_text().strip()
     return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *SHORT)}
 
@@ -253,7 +259,7 @@ def elastic(lab):
             assert session.run.checkpoint.step == STOP
             shard = gather_shard(session.engine, lab.ranks.rank, lab.ranks.world_size)
             save_file(shard, lab.folder / f"{name}-{lab.ranks.rank}.safetensors")
-            batches = list(run_loader(session.run, lab.ranks, STOP, STOP + 3, None))
+            batches = list(run_loader(session, STOP, STOP + 3))
             ids = lab.everyone([batch.sample_ids.tolist() for batch in batches])
         found[name] = {"ids": ids, "code": lab.distill(name, stage, f"schedule.stop_after={STOP + 3}")}
     return found
@@ -265,8 +271,8 @@ def teachers(lab):
     with lab.session("teachers", 3, "schedule.stop_after=2") as session:
         before = teacher_digests(session.teacher_engines)
         held = {name: [held_elements(teacher)] for name, teacher in session.teacher_engines.items()}
-        for batch in run_loader(session.run, lab.ranks, 0, 2, session.look_up_masks):
-            train_step(session.engine, session.ask_teachers, batch)
+        for batch in run_loader(session, 0, 2):
+            train_step(session, batch)
             for name, teacher in session.teacher_engines.items():
                 held[name].append(held_elements(teacher))
         recipe = lab.recipe("whole", "feature_teacher.sharding=replicate", "relation_teacher.sharding=replicate")
@@ -281,7 +287,7 @@ def teachers(lab):
             num_patches=64,
             cls_in_relation=True,
         )
-        sharded, replicated = session.pair(batch), pair(batch)
+        (_, sharded), replicated = session.ask_teachers(batch), pair(batch)
         found["equal"] = lab.everyone(
             torch.equal(sharded.features, replicated.features)
             and len(sharded.relations) == 2
@@ -296,9 +302,9 @@ def teachers(lab):
 def spoiled_teacher(lab):
     """Change a teacher during training."""
 
-    def spoil(run, engine, ranks, prepare, **_):
+    def spoil(session, _):
         with torch.no_grad():
-            next(iter(prepare.__self__.teacher_engines["relation_teacher"].parameters())).add_(1e-3)
+            next(iter(session.teacher_engines["relation_teacher"].parameters())).add_(1e-3)
         return 0
 
     original, distillation.train_run = distillation.train_run, spoil
@@ -327,7 +333,7 @@ def _dtypes(session, lab):
     """Look at what the module gets through the engine."""
     seen = []
     session.engine.module.register_forward_pre_hook(lambda _, given: seen.append(given))
-    train_step(session.engine, session.ask_teachers, next(iter(run_loader(session.run, lab.ranks, 0, 1, None))))
+    train_step(session, next(iter(run_loader(session, 0, 1))))
     ((images, targets),) = seen
     weight = next(iter(session.engine.module.parameters())).dtype
     kinds = {

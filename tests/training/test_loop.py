@@ -3,24 +3,43 @@
 import math
 import resource
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from hdscale.config.recipe import CheckpointConfig, LogConfig
+from hdscale.config.recipe import CheckpointConfig, LogConfig, OptimConfig, RunConfig, ScheduleConfig
 from hdscale.engine.collectives import Operation, Traffic
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 from hdscale.runs.checkpoint import newest_checkpoint, open_checkpoint
 from hdscale.training import loop as module
-from hdscale.training.loop import Plan, Trainer, to_device, train
+from hdscale.training import meter
+from hdscale.training.loop import to_device, train
 from hdscale.training.meter import peak_memory_gb
+from hdscale.training.run import Run, Session
 from hdscale.training.schedule import Schedule
 from hdscale.types import BadSample, Batch, LossTerms
 
 MICRO_BATCH = 4
+
+
+class Plan(NamedTuple):
+    """What the loop is to do, and the figures that its log takes from elsewhere."""
+
+    schedule: Schedule
+    start_step: int
+    end_step: int
+    accumulation: int
+    global_batch_size: int
+    num_samples: int
+    seed: int
+    flops_per_image: float | None
+    peak_flops: float | None
+
+
 PLAN = Plan(
     schedule=Schedule(total_steps=5, warmup_steps=1, peak_lr=0.5, min_lr=0.25),
     start_step=0,
@@ -92,6 +111,10 @@ class Engine:
         return self.norm
 
 
+def _ask_teachers(batch):
+    return batch.images, "targets"
+
+
 class Loop:
     """One run of the loop: what it is given, and what it has done."""
 
@@ -142,22 +165,35 @@ class Loop:
         return self.asked == self.stop_after
 
     def train(self, plan=PLAN, *, ranks=(0, 1), log=1, save=1000, keep=3, is_writing=True):
-        self.monkeypatch.setattr(module, "time", self)
-        self.monkeypatch.setattr(module, "watch_collectives", lambda: self)
+        self.monkeypatch.setattr(meter, "time", self)
+        self.monkeypatch.setattr(meter, "watch_collectives", lambda: self)
+        self.monkeypatch.setattr(meter, "peak_flops", lambda *_: plan.peak_flops)
+        self.monkeypatch.setattr(module, "_quarantine", lambda _: self)
         self.engine.accumulation = plan.accumulation
-        trainer = Trainer(
-            self.engine,
-            lambda batch: (batch.images, "targets"),
-            Ranks(*ranks, 0, torch.device("cpu")),
-            plan,
-            self.folder,
-            {"data": "digest", "view seed": 3},
-            LogConfig(every_steps=log),
-            CheckpointConfig(every_steps=save, keep=keep),
-            self.progress,
-            self,
+        recipe = SimpleNamespace(
+            run=RunConfig(seed=plan.seed),
+            optim=OptimConfig(global_batch_size=plan.global_batch_size),
+            schedule=ScheduleConfig(stop_after=plan.end_step),
+            log=LogConfig(every_steps=log),
+            checkpoint=CheckpointConfig(every_steps=save, keep=keep),
         )
-        return train(trainer, self.batches(), self if is_writing else None, self)
+        run = Run(
+            recipe,
+            ds_config={},
+            folder=self.folder,
+            shards=SimpleNamespace(num_samples=plan.num_samples),
+            schedule=plan.schedule,
+            accumulation=plan.accumulation,
+            precision="fp32",
+            fingerprints={"data": "digest", "view seed": 3},
+            checkpoint=SimpleNamespace(step=plan.start_step) if plan.start_step else None,
+            allow_change=(),
+        )
+        ranks = Ranks(*ranks, 0, torch.device("cpu"))
+        session = Session(
+            run, ranks, self.engine, lambda batch: (batch.images, "targets"), flops_per_image=plan.flops_per_image
+        )
+        return train(session, self.batches(), self if is_writing else None, self.progress, self)
 
     def on_disk(self):
         folder = self.folder / "checkpoints"
@@ -294,7 +330,7 @@ def test_a_line_of_the_log_has_these_figures(four_ranks, loop, monkeypatch):
         assert who == resource.RUSAGE_SELF
         return SimpleNamespace(ru_maxrss=2_000_000)  # KiB
 
-    monkeypatch.setattr(module.resource, "getrusage", getrusage)
+    monkeypatch.setattr(meter.resource, "getrusage", getrusage)
     assert loop.train(ranks=(0, 4), log=4) == 5
     first, last = loop.lines
     # Eight micro-steps of half a second, a quarter of it waiting and an eighth in collectives, 4 pictures on each of

@@ -14,7 +14,8 @@ from hdscale.config.recipe import OptimConfig
 from hdscale.engine.zero import student_ds_config
 from hdscale.engine.zero_state import optimizer_state, restore
 from hdscale.runs.checkpoint import open_checkpoint, save_checkpoint
-from hdscale.training import loop as trainer
+from hdscale.training.meter import Reading, log_line
+from hdscale.training.run import Session
 from hdscale.types import LossTerms
 
 
@@ -40,42 +41,18 @@ def optimizer(request, monkeypatch):
     return stand_in
 
 
-class Written:
-    """A metrics writer that remembers."""
-
-    def __init__(self):
-        self.lines = []
-
-    def write(self, line):
-        self.lines.append(line)
-
-
 def log(optimizer):
     engine = SimpleNamespace(optimizer=optimizer, skipped_steps=2, get_global_grad_norm=lambda: torch.tensor(1.5))
-    plan = trainer.Plan(
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(optim=OptimConfig(global_batch_size=16)),
         schedule=SimpleNamespace(lr=lambda step: 0.1),
-        start_step=0,
-        end_step=10,
+        shards=SimpleNamespace(num_samples=160),
         accumulation=1,
-        global_batch_size=16,
-        num_samples=160,
-        seed=0,
-        flops_per_image=None,
-        peak_flops=None,
+        precision="fp16",
     )
     ranks = SimpleNamespace(device=torch.device("cpu"), world_size=1)
-    fields = dict.fromkeys(trainer.Trainer._fields) | {
-        "engine": engine,
-        "ranks": ranks,
-        "plan": plan,
-        "progress": lambda *_: None,
-        "quarantine": SimpleNamespace(sample_ids=[]),
-    }
-    meter = SimpleNamespace(read=lambda: trainer.Reading(LossTerms(1.0, 0.5, 0.5), 100.0, 0.0, 0.0, 0.0))
-    written = Written()
-    trainer._log(trainer.Trainer(**fields), meter, written, 3)
-    (line,) = written.lines
-    return line
+    reading = Reading(LossTerms(1.0, 0.5, 0.5), 100.0, 0.0, 0.0, 0.0)
+    return log_line(Session(run, ranks, engine, None), reading, 3, 0)
 
 
 def test_the_log_shows_the_scale_of_the_next_step_as_it_falls_and_rises(optimizer):

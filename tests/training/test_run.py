@@ -24,10 +24,11 @@ from hdscale.masking.bits import pack_indices
 from hdscale.masking.store import MaskStore
 from hdscale.runs.checkpoint import Checkpoint
 from hdscale.teachers.build import build_teacher
-from hdscale.training.distill import start_session
-from hdscale.training.loop import Plan, train_run
+from hdscale.training import loop as loop_module
+from hdscale.training.distill import build_models
+from hdscale.training.loop import train_run
 from hdscale.training.masks import open_mask_store, store_fingerprint
-from hdscale.training.run import check_run, start_engine, with_fingerprints
+from hdscale.training.run import Session, check_run, start_engine, with_fingerprints
 from hdscale.training.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ def earlier(recipe):
 
 
 def plan(recipe, *allowed):
-    return check_run(recipe, DS_CONFIG, allow_change=allowed)
+    return check_run(recipe, DS_CONFIG, allowed)
 
 
 def test_a_run_is_known_by_its_data_its_precision_and_everything_that_decides_a_view(recipe):
@@ -109,8 +110,8 @@ def test_a_checkpoint_of_another_teacher_is_refused_by_its_name(name, recipe, ea
     earlier(plan(recipe).fingerprints | DIGESTS, **{name: "a" * 64})
     run = plan(recipe)
     with pytest.raises(UserError, match=rf"another {name} \(sha256 aaaaaaaaaaaa\.\.\., now "):
-        with_fingerprints(run, DIGESTS, [])
-    assert with_fingerprints(run, DIGESTS, [name]).fingerprints == run.fingerprints | DIGESTS
+        with_fingerprints(run, DIGESTS)
+    assert with_fingerprints(plan(recipe, name), DIGESTS).fingerprints == run.fingerprints | DIGESTS
 
 
 def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_refused(recipe, earlier):
@@ -135,16 +136,14 @@ def test_a_session_compares_the_weights_of_both_teachers(name, recipe, earlier):
         for role in TEACHERS
     }
     earlier(plan(recipe).fingerprints | digests, **{name: "a" * 64})
-    with (
-        pytest.raises(UserError, match=rf"{name} \(sha256 a{{12}}\.\.\., now sha256 {digests[name][:12]}\.\.\.\)"),
-        start_session(recipe, DS_CONFIG, load_ds_config(ROOT / "ds_configs/teacher_zero3.json")),
-    ):
-        pytest.fail("it must not come as far as engines")
+    run = plan(recipe)
+    with pytest.raises(UserError, match=rf"{name} \(sha256 a{{12}}\.\.\., now sha256 {digests[name][:12]}\.\.\.\)"):
+        build_models(run)  # before any engine, and before masks are opened
 
 
 @pytest.mark.parametrize("name", [*FOUND_BEFORE_TEACHERS, *TEACHERS, "checkpoint step", "gradient accumulation"])
 def test_ranks_that_have_found_different_things_are_named_before_any_engine_is_built(name, recipe, monkeypatch):
-    run = with_fingerprints(plan(recipe), DIGESTS, [])
+    run = with_fingerprints(plan(recipe), DIGESTS)
 
     def gather(values, mine):
         assert name in mine
@@ -176,12 +175,12 @@ def loop(monkeypatch):
     """Stand where the training loop does: keep what it is given, and reach the end."""
     given = []
 
-    def train(trainer, batches, metrics, stop):
-        given.append((trainer, metrics, stop))
-        return trainer.plan.end_step
+    def train(session, batches, metrics, progress, stop):
+        given.append((session, metrics, stop))
+        return session.run.end_step
 
-    monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "StopFlag", lambda: "the flag")
+    monkeypatch.setattr(loop_module, "train", train)
+    monkeypatch.setattr(loop_module, "StopFlag", lambda: "the flag")
     return given
 
 
@@ -202,27 +201,16 @@ def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(stop_aft
         log={"every_steps": 5},
     )
     state = {"step": 4, "quarantine": [3, 1]}
-    run = plan(recipe)._replace(flops_per_image=5.0, accumulation=1, checkpoint=Checkpoint(tmp_path, state))
+    run = plan(recipe)._replace(accumulation=1, checkpoint=Checkpoint(tmp_path, state))
     run.folder.mkdir()
-    for ranks in (FIRST, SECOND):
-        assert train_run(run, "engine", ranks, "prepare") == code
-    (trainer, metrics, stop), (other, no_metrics, _) = loop
-    assert trainer.plan == Plan(
-        schedule=Schedule(total_steps=20, warmup_steps=3, peak_lr=1e-3, min_lr=1e-5),
-        start_step=4,
-        end_step=end,
-        accumulation=1,
-        global_batch_size=16,
-        num_samples=60,
-        seed=5,
-        flops_per_image=5.0,
-        peak_flops=None,
-    )
-    assert (trainer.engine, trainer.prepare, trainer.ranks, stop) == ("engine", "prepare", FIRST, "the flag")
-    assert (trainer.checkpoint.every_steps, trainer.checkpoint.keep, trainer.log.every_steps) == (6, 2, 5)
-    assert (trainer.run_folder, trainer.fingerprints) == (run.folder, run.fingerprints)
-    assert trainer.quarantine.sample_ids == other.quarantine.sample_ids == [1, 3]
-    assert other.ranks == SECOND
+    first, second = (Session(run, ranks, "engine", "ask_teachers") for ranks in (FIRST, SECOND))
+    for session in (first, second):
+        assert train_run(session) == code
+    (trained, metrics, stop), (other, no_metrics, _) = loop
+    assert (trained, other, stop) == (first, second, "the flag")
+    assert run.schedule == Schedule(total_steps=20, warmup_steps=3, peak_lr=1e-3, min_lr=1e-5)
+    assert (run.start_step, run.end_step, run.shards.num_samples) == (4, end, 60)
+    assert loop_module._quarantine(first).sample_ids == loop_module._quarantine(second).sample_ids == [1, 3]
     assert metrics is not None
     assert no_metrics is None
 
@@ -232,8 +220,8 @@ def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(step, stop_af
     recipe = with_settings(recipe, schedule={"stop_after": stop_after})
     run = plan(recipe)._replace(checkpoint=Checkpoint(tmp_path, {"step": step, "quarantine": []}))
     said, nothing = io.StringIO(), io.StringIO()
-    assert train_run(run, "engine", FIRST, "prepare", stream=said) == code
-    assert train_run(run, "engine", SECOND, "prepare", stream=nothing) == code
+    assert train_run(Session(run, FIRST, "engine", "ask_teachers"), said) == code
+    assert train_run(Session(run, SECOND, "engine", "ask_teachers"), nothing) == code
     assert said.getvalue() == f"{run.folder}: step {step} of 20 is done already\n"
     assert nothing.getvalue() == ""
     assert loop == []
