@@ -7,7 +7,7 @@ import torch
 
 from hdscale.config.loading import changed_fields, load_recipe
 from hdscale.config.recipe import DataConfig
-from hdscale.data import loader as loader_module
+from hdscale.data import fingerprint as fingerprint_module
 from hdscale.data.decode import INTERPOLATION, decode_view, decoder_version
 from hdscale.data.fingerprint import view_fingerprint
 from hdscale.data.loader import SequentialLoader, TrainLoader
@@ -126,7 +126,7 @@ def test_the_fingerprint_of_views_holds_these_parts_and_no_others(view_config):
 )
 def test_the_fingerprint_of_views_tells_of_the_code_that_makes_them(part, home, value, view_config, monkeypatch):
     before = view_fingerprint(view_config, SEED)
-    monkeypatch.setattr(loader_module, home, value)
+    monkeypatch.setattr(fingerprint_module, home, value)
     assert view_fingerprint(view_config, SEED) == before | {part: "another"}
 
 
