@@ -7,24 +7,23 @@ manifest come last. The same tars and settings give the same bytes, whatever hap
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hdscale.data.index import INDEX_DTYPE, open_shards, write_index
-from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
+from hdscale.data.index import INDEX_DTYPE, open_shards
+from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
 from hdscale.hashing import file_digest, json_digest
 from hdscale.shards.labels import MAX_CLS, MAX_JSON, BadLabel, LabelRule
 from hdscale.shards.picture_size import picture_size
+from hdscale.shards.resumable import Settings, ShardRecord, SplitRecords, join_shards, run_missing
 from hdscale.shards.sources.packed_names import is_text
 from hdscale.shards.tar_reader import BadTar, Member, TarReader, TrailingData, printable
-from hdscale.shards.workers import in_processes
-from hdscale.staging import remove_leftovers, staged
+from hdscale.staging import staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,12 +47,12 @@ class IndexJob(NamedTuple):
     rule: LabelRule
     classes: tuple[str, ...] | None  # names by label; None: the labels themselves, as text
     pictures: tuple[str, ...]  # what follows the first dot of a picture's name; empty: anything that ends as a picture
-    made_by: dict[str, str | int | float | None]  # recorded in the manifest; a run that continues must have the same
+    made_by: Settings  # recorded in the manifest; a run that continues must have the same
 
     @property
-    def records(self) -> Path:
+    def records(self) -> SplitRecords:
         """Where finished tars are recorded until all of them are."""
-        return self.folder / f"{self.split}.indexing"
+        return SplitRecords(self.folder, self.split, "indexing", self.made_by)
 
     @property
     def report(self) -> Path:
@@ -63,18 +62,10 @@ class IndexJob(NamedTuple):
 
 class _Task(NamedTuple):
     job: IndexJob
-    number: int
+    record: ShardRecord
     name: str
     bytes: int
     mtime_ns: int
-
-    @property
-    def record(self) -> Path:
-        return self.job.records / f"{self.number:06d}.json"
-
-    @property
-    def rows(self) -> Path:
-        return self.record.with_suffix(".npy")
 
     @property
     def state(self) -> dict[str, Any]:
@@ -111,12 +102,16 @@ def index_split(job: IndexJob, workers: int, progress: Callable[[int, str], obje
     """
     tasks = _tasks(job)
     try:
-        if _is_complete(job, tasks):
-            manifest = read_manifest(job.folder, job.split)
+        manifest = _finished(job, tasks)
+        if manifest is not None:
             progress(len(tasks), f"{manifest.num_samples} samples")
             return manifest
-        _begin(job)
-        _index_tars(tasks, workers, progress)
+        way_out = f"to begin again, delete {job.records.path}, or give another --split"
+        _refuse_other_settings(job, job.records.begin(), way_out)
+        samples = 0
+        for count in run_missing(tasks, _num_indexed, _index_tar, workers):
+            samples += count
+            progress(1, f"{samples} samples")
         return _finish(job, tasks)
     except OSError as error:
         raise UserError(
@@ -156,7 +151,7 @@ def _tasks(job: IndexJob) -> list[_Task]:
     names = tar_names(job)
     states = [(job.folder / name).stat() for name in names]
     return [
-        _Task(light, number, name, state.st_size, state.st_mtime_ns)
+        _Task(light, job.records.of_shard(number), name, state.st_size, state.st_mtime_ns)
         for number, (name, state) in enumerate(zip(names, states, strict=True))
     ]
 
@@ -165,17 +160,17 @@ def _listing(tasks: list[_Task]) -> str:
     return json_digest([[task.name, task.bytes] for task in tasks])
 
 
-def _is_complete(job: IndexJob, tasks: list[_Task]) -> bool:
-    """Say whether an earlier run finished this very split; refuse if it is another one."""
-    path = manifest_path(job.folder, job.split)
-    if not path.is_file():
-        return False
+def _finished(job: IndexJob, tasks: list[_Task]) -> Manifest | None:
+    """Return the manifest when an earlier run finished this very split; refuse if it is another one."""
+    manifest = job.records.finished()
+    if manifest is None:
+        return None
+    path, made_by = manifest_path(job.folder, job.split), manifest.made_by
     again = f"to index again, delete {path} first, or give another --split"
-    made_by = read_manifest(job.folder, job.split).made_by
     if made_by.get("tool") != job.made_by["tool"]:
         raise UserError(f"{path} was written by {made_by.get('tool')}, not by {job.made_by['tool']}: {again}")
     _refuse_other_settings(job, made_by, again)
-    manifest = open_shards(job.folder, job.split).manifest  # raises when a listed tar changed its size
+    open_shards(job.folder, job.split).close()  # raises when a listed tar changed its size
     if made_by.get("listing") != _listing(tasks):
         raise UserError(f"{job.folder} has other tars {job.pattern} than {path} was made for: {again}")
     indexed_ns, entries = path.stat().st_mtime_ns, {entry.name: entry for entry in manifest.shards}
@@ -184,52 +179,26 @@ def _is_complete(job: IndexJob, tasks: list[_Task]) -> bool:
             tar = job.folder / task.name
             if file_digest(tar) != entries[task.name].sha256:
                 raise UserError(f"{tar} changed since {path} was made: {again}")
-    shutil.rmtree(job.records, ignore_errors=True)
-    return True
+    job.records.remove()
+    return manifest
 
 
-def _begin(job: IndexJob) -> None:
-    """Create the folder of records, or check that an interrupted run was indexing the same split."""
-    made_by = job.records / "made_by.json"
-    if made_by.is_file():
-        before = json.loads(made_by.read_text(encoding="utf-8"))
-        _refuse_other_settings(job, before, f"to begin again, delete {job.records}, or give another --split")
-        for folder, prefix in ((job.folder, f"{job.split}.index"), (job.folder, f"{job.split}.manifest")):
-            remove_leftovers(folder, prefix)
-        remove_leftovers(job.records, "")
-        return
-    job.records.mkdir(exist_ok=True)
-    with staged(made_by) as path:
-        path.write_text(json.dumps(job.made_by), encoding="utf-8")
-
-
-def _refuse_other_settings(job: IndexJob, before: dict[str, Any], way_out: str) -> None:
+def _refuse_other_settings(job: IndexJob, before: Settings, way_out: str) -> None:
     for name, value in job.made_by.items():
         if before.get(name) != value:
             what = "with other --classes" if name == "classes" else f"with --{name} {before.get(name)}, not {value}"
             raise UserError(f"split {job.split} in {job.folder} was indexed {what}: {way_out}")
 
 
-def _index_tars(tasks: list[_Task], workers: int, progress: Callable[[int, str], object]) -> None:
-    samples, missing = 0, []
-    for task in tasks:
-        record = _read_record(task)
-        if record is None:
-            missing.append(task)
-        else:
-            samples += record["samples"]
-            progress(1, f"{samples} samples")
-    for count in in_processes(_index_tar, missing, workers):
-        samples += count
-        progress(1, f"{samples} samples")
-
-
 def _read_record(task: _Task) -> dict[str, Any] | None:
     """Return the record of a tar, or None when there is none of the tar as it is now."""
-    if not task.record.is_file():
-        return None
-    record = json.loads(task.record.read_text(encoding="utf-8"))
-    return record if record["state"] == task.state else None
+    record = task.record.read()
+    return record if record is not None and record["state"] == task.state else None
+
+
+def _num_indexed(task: _Task) -> int | None:
+    record = _read_record(task)
+    return None if record is None else record["samples"]
 
 
 def _index_tar(task: _Task) -> int:
@@ -247,11 +216,8 @@ def _index_tar(task: _Task) -> int:
         changed, digest, rows, skipped = True, "", [], []
     if changed:
         raise UserError(f"{path} is being written to: wait for the end of that and run again; finished tars are kept")
-    with staged(task.rows) as temporary, temporary.open("wb") as file:
-        np.save(file, _as_index(rows), allow_pickle=False)
-    with staged(task.record) as temporary:
-        record = {"state": task.state, "samples": len(rows), "sha256": digest, "skipped": skipped}
-        temporary.write_text(json.dumps(record), encoding="utf-8")
+    record = {"state": task.state, "samples": len(rows), "sha256": digest, "skipped": skipped}
+    task.record.write(record, _as_index(rows))
     return len(rows)
 
 
@@ -358,7 +324,7 @@ def _outcome(key: str, sample: _Sample, rule: LabelRule) -> tuple[int, ...] | li
 
 def _finish(job: IndexJob, tasks: list[_Task]) -> Manifest:
     """Join the records of all tars to report, index and manifest."""
-    entries, parts, named, num_skipped = [], [], [], 0
+    shards, named, num_skipped = [], [], 0
     with staged(job.report) as path, path.open("w", encoding="utf-8") as report:
         for task in tasks:
             record = _read_record(task)
@@ -368,35 +334,22 @@ def _finish(job: IndexJob, tasks: list[_Task]) -> Manifest:
                 num_skipped += 1
                 if len(named) < _SKIPPED_IN_MANIFEST:
                     named.append(skipped)
-            if record["samples"]:
-                rows = np.load(task.rows, allow_pickle=False)
-                rows["shard"] = len(entries)
-                entries.append(ShardEntry(name=task.name, samples=len(rows), bytes=task.bytes, sha256=record["sha256"]))
-                parts.append(rows)
-    if not parts:
+            entry = ShardEntry(name=task.name, samples=record["samples"], bytes=task.bytes, sha256=record["sha256"])
+            shards.append((entry, task.record))
+    entries, index = join_shards(shards)
+    if not entries:
         first = f" (the first of {num_skipped}, {named[0].name}, {named[0].reason})" if named else ""
         raise UserError(
             f"split {job.split}: there is no sample in the {len(tasks)} tars of {job.folder}{first}: check --input, "
-            f"--pattern, --pictures and --labels, and delete {job.records} before the next run"
+            f"--pattern, --pictures and --labels, and delete {job.records.path} before the next run"
         )
     if num_skipped > len(named):
         named.append(Skipped(f"{num_skipped - len(named)} more", f"are named in {job.report.name}"))
-    index = np.concatenate(parts)
     classes = job.classes
     if classes is None:
         classes = tuple(str(label) for label in range(int(index["label"].max()) + 1))
-    manifest = Manifest(
-        split=job.split,
-        num_samples=len(index),
-        classes=classes,
-        shards=tuple(entries),
-        index_digest=write_index(job.folder, job.split, index),
-        skipped=tuple(named),
-        made_by={**job.made_by, "listing": _listing(tasks)},
-    )
-    write_manifest(job.folder, manifest)
-    shutil.rmtree(job.records)
-    return manifest
+    made_by = {**job.made_by, "listing": _listing(tasks)}
+    return job.records.finish(entries, index, classes=classes, skipped=named, made_by=made_by)
 
 
 def _skipped(task: _Task, record: dict[str, Any]) -> Iterator[Skipped]:

@@ -6,27 +6,25 @@ index and the manifest come last. The same source and settings give the same byt
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import tarfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from webdataset.writer import TarWriter
 
-from hdscale.data.index import INDEX_DTYPE, open_shards, write_index
-from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest, write_manifest
+from hdscale.data.index import INDEX_DTYPE, open_shards
+from hdscale.data.manifest import Manifest, ShardEntry, Skipped, manifest_path, read_manifest
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
 from hdscale.hashing import file_digest
+from hdscale.shards.resumable import Settings, ShardRecord, SplitRecords, join_shards, run_missing
 from hdscale.shards.sources.base import Source, sample_key
-from hdscale.shards.workers import in_processes
-from hdscale.staging import create_folder, remove_leftovers, staged
+from hdscale.staging import remove_leftovers, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 _MTIME = 0  # of every member, so that the bytes of a shard depend on its samples only
 _OWNER = "hdscale"
-_MADE_BY = "made_by.json"
 _PARTS = "parts-"  # SPLIT.making/parts-4: an empty file, whose name says that four machines share the work
 _NAMED_PARTS = 5
 
@@ -52,30 +49,23 @@ class SplitJob(NamedTuple):
     names: Sequence[str]  # in the order in which they are written
     labels: np.ndarray  # (n,) of the same
     samples_per_shard: int
-    made_by: dict[str, str | int | float | None]  # recorded in the manifest; a run that continues must have the same
+    made_by: Settings  # recorded in the manifest; a run that continues must have the same
     places: np.ndarray | None = None  # (n,) of the same, see `Listing`
+
+    @property
+    def records(self) -> SplitRecords:
+        """Where finished shards are recorded until all of them are."""
+        return SplitRecords(self.output, self.split, "making", self.made_by)
 
 
 class _ShardTask(NamedTuple):
     source: Source
-    output: Path
-    split: str
     number: int
+    tar: Path
+    record: ShardRecord
     names: Sequence[str]
     labels: np.ndarray
     places: np.ndarray | None
-
-    @property
-    def record(self) -> Path:
-        return _making_folder(self.output, self.split) / f"{self.number:06d}.json"
-
-    @property
-    def rows(self) -> Path:
-        return self.record.with_suffix(".npy")
-
-    @property
-    def tar(self) -> Path:
-        return self.output / f"{self.split}-{self.number:06d}.tar"
 
 
 def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) -> Manifest:
@@ -93,9 +83,10 @@ def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) ->
         UserError: the folder holds something else, cannot be written to, or a picture cannot be read.
     """
     with _explained(job.output):
-        if _is_complete(job):
+        manifest = _finished(job)
+        if manifest is not None:
             progress(len(job.names))
-            return read_manifest(job.output, job.split)
+            return manifest
         _begin(job)
         _write_shards(_tasks(job), workers, progress)
         return _finish(job)
@@ -108,7 +99,7 @@ def write_part(job: SplitJob, part: MachineShare, workers: int, progress: Callab
         UserError: as `write_split`, or the split was begun in another number of parts.
     """
     with _explained(job.output):
-        if _is_complete(job):
+        if _finished(job) is not None:
             progress(part_samples(job, part))
             return
         _begin(job)
@@ -123,11 +114,12 @@ def finish_split(job: SplitJob) -> Manifest:
         UserError: shards are missing, or were made from something else.
     """
     with _explained(job.output):
-        if _is_complete(job):
-            return read_manifest(job.output, job.split)
-        if not _making_folder(job.output, job.split).is_dir():
+        manifest = _finished(job)
+        if manifest is not None:
+            return manifest
+        if not job.records.path.is_dir():
             raise UserError(f"--finish: {job.output} has no part of split {job.split}: run --part 1/n ... n/n first")
-        _refuse_other_settings(job, _begun_with(job))
+        _refuse_other_settings(job, job.records.begun_with())
         _refuse_missing_shards(job)
         return _finish(job)
 
@@ -149,8 +141,8 @@ def _explained(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_complete(job: SplitJob) -> bool:
-    """Say whether an earlier run finished this very split; refuse if it is another one."""
+def _finished(job: SplitJob) -> Manifest | None:
+    """Return the manifest when an earlier run finished this very split; refuse if it is another one."""
     for path in sorted(job.output.glob("*.manifest.json")):
         classes = read_manifest(job.output, path.name.removesuffix(".manifest.json")).classes
         if path != manifest_path(job.output, job.split) and classes != job.classes:
@@ -158,31 +150,22 @@ def _is_complete(job: SplitJob) -> bool:
                 f"{path} lists other classes than the new split {job.split} has, so that labels would not agree: "
                 "choose another --output, or give both splits the same class folders"
             )
-    if not manifest_path(job.output, job.split).is_file():
-        return False
-    _refuse_other_settings(job, read_manifest(job.output, job.split).made_by)
-    open_shards(job.output, job.split).close()  # raises when a file of it went missing since
-    shutil.rmtree(_making_folder(job.output, job.split), ignore_errors=True)
-    return True
+    manifest = job.records.finished()
+    if manifest is not None:
+        _refuse_other_settings(job, manifest.made_by)
+        open_shards(job.output, job.split).close()  # raises when a file of it went missing since
+        job.records.remove()
+    return manifest
 
 
 def _begin(job: SplitJob) -> None:
     """Create the folders, or check that an interrupted run or another machine was writing the same split."""
-    making = _making_folder(job.output, job.split)
     tars = job.output.glob(f"{job.split}-[0-9]*.tar")
     foreign = next((path for path in tars if re.fullmatch(r"[0-9]+", path.stem.removeprefix(f"{job.split}-"))), None)
-    if not making.is_dir():  # asked after the glob: another machine makes this folder before its first shard
-        if foreign is not None:
-            raise UserError(
-                f"{foreign} is there already and was not made by this run: choose another --output or --split"
-            )
-        job.output.mkdir(parents=True, exist_ok=True)
-        create_folder(making, lambda folder: _write_json(folder / _MADE_BY, job.made_by))
-    _refuse_other_settings(job, _begun_with(job))
-
-
-def _begun_with(job: SplitJob) -> dict[str, Any]:
-    return json.loads((_making_folder(job.output, job.split) / _MADE_BY).read_text(encoding="utf-8"))
+    # Asked after the glob: another machine makes the folder of records before its first shard.
+    if foreign is not None and not job.records.path.is_dir():
+        raise UserError(f"{foreign} is there already and was not made by this run: choose another --output or --split")
+    _refuse_other_settings(job, job.records.begin())
 
 
 def _note_parts(job: SplitJob, total: int) -> None:
@@ -193,17 +176,16 @@ def _note_parts(job: SplitJob, total: int) -> None:
             f"--part: {job.output} was begun in {others[0]} parts, not {total}: give parts of {others[0]}, "
             "or no --part in order to write all that is missing on one machine"
         )
-    (_making_folder(job.output, job.split) / f"{_PARTS}{total}").touch()
+    (job.records.path / f"{_PARTS}{total}").touch()
 
 
 def _numbers_of_parts(job: SplitJob) -> list[int]:
-    making = _making_folder(job.output, job.split)
-    return sorted(int(path.name.removeprefix(_PARTS)) for path in making.glob(f"{_PARTS}*"))
+    return sorted(int(path.name.removeprefix(_PARTS)) for path in job.records.path.glob(f"{_PARTS}*"))
 
 
 def _refuse_missing_shards(job: SplitJob) -> None:
     tasks = _tasks(job)
-    missing = [task.number for task in tasks if not _is_written(task)]
+    missing = [task.number for task in tasks if _num_written(task) is None]
     if not missing:
         return
     whole = f"--finish: {len(missing)} of {len(tasks)} shards of split {job.split} are missing"
@@ -216,7 +198,7 @@ def _refuse_missing_shards(job: SplitJob) -> None:
     raise UserError(f"{whole} ({named}{more}): run these parts again, then --finish")
 
 
-def _refuse_other_settings(job: SplitJob, before: dict[str, Any]) -> None:
+def _refuse_other_settings(job: SplitJob, before: Settings) -> None:
     if before.get("tool") != job.made_by.get("tool"):
         raise UserError(
             f"{job.output} holds the split {job.split} of {before.get('tool')} already: choose another --output or "
@@ -239,34 +221,30 @@ def _tasks(job: SplitJob, part: MachineShare | None = None) -> list[_ShardTask]:
         if part is None or part.owns(number):
             rows = slice(start, start + job.samples_per_shard)
             places = None if job.places is None else job.places[rows]
-            task = _ShardTask(job.source, job.output, job.split, number, job.names[rows], job.labels[rows], places)
-            tasks.append(task)
+            tar, record = job.output / f"{job.split}-{number:06d}.tar", job.records.of_shard(number)
+            tasks.append(_ShardTask(job.source, number, tar, record, job.names[rows], job.labels[rows], places))
     return tasks
 
 
 def _write_shards(tasks: list[_ShardTask], workers: int, progress: Callable[[int], None]) -> None:
-    missing = []
-    for task in tasks:
-        if _is_written(task):
-            progress(len(task.names))
-        else:
-            missing.append(task)
-    for count in in_processes(_write_shard, missing, workers):
+    for count in run_missing(tasks, _num_written, _write_shard, workers):
         progress(count)
 
 
-def _is_written(task: _ShardTask) -> bool:
-    if not task.record.is_file():
-        return False
-    entry = _read_record(task)[0]
-    return not entry.samples or (task.tar.is_file() and task.tar.stat().st_size == entry.bytes)
+def _num_written(task: _ShardTask) -> int | None:
+    """Return how many pictures a finished shard dealt with; None when it is missing or was cut short."""
+    record = task.record.read()
+    if record is None:
+        return None
+    entry = ShardEntry(**record["entry"])
+    whole = not entry.samples or (task.tar.is_file() and task.tar.stat().st_size == entry.bytes)
+    return len(task.names) if whole else None
 
 
 def _write_shard(task: _ShardTask) -> int:
     """Write one shard and its record; return the number of pictures that were dealt with."""
     records, labels, skipped = [], [], []
     remove_leftovers(task.tar.parent, task.tar.name)
-    remove_leftovers(task.record.parent, f"{task.record.stem}.")
     places = repeat(None, len(task.names)) if task.places is None else task.places
     with staged(task.tar) as temporary:
         with (
@@ -290,10 +268,8 @@ def _write_shard(task: _ShardTask) -> int:
     rows["offset"], rows["label"] = offsets, labels
     for column, name in enumerate(("size", "width", "height", "crc32")):
         rows[name] = [record[column] for record in records]
-    with staged(task.rows) as path, path.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
     entry = ShardEntry(name=task.tar.name, samples=len(records), bytes=size, sha256=digest)
-    _write_json(task.record, {"entry": entry.model_dump(), "skipped": skipped})
+    task.record.write({"entry": entry.model_dump(), "skipped": skipped}, rows)
     return len(task.names)
 
 
@@ -320,47 +296,18 @@ def _picture_offsets(path: Path) -> Iterator[int]:
                 yield member.offset_data
 
 
-def _read_record(task: _ShardTask) -> tuple[ShardEntry, list[Skipped]]:
-    record = json.loads(task.record.read_text(encoding="utf-8"))
-    return ShardEntry(**record["entry"]), [Skipped(*item) for item in record["skipped"]]
-
-
 def _finish(job: SplitJob) -> Manifest:
     """Join the records of all shards to index and manifest."""
-    remove_leftovers(job.output, f"{job.split}.")
-    entries, parts, skipped = [], [], []
+    shards, skipped = [], []
     for task in _tasks(job):
-        entry, skipped_here = _read_record(task)
-        skipped += skipped_here
-        if entry.samples:
-            rows = np.load(task.rows, allow_pickle=False)
-            rows["shard"] = len(entries)
-            entries.append(entry)
-            parts.append(rows)
-    if not parts:
+        record = task.record.read()
+        assert record is not None
+        shards.append((ShardEntry(**record["entry"]), task.record))
+        skipped += [Skipped(*item) for item in record["skipped"]]
+    entries, index = join_shards(shards)
+    if not entries:
         raise UserError(
             f"split {job.split}: none of the {len(skipped)} pictures can be decoded (the first, {skipped[0].name}, "
             f"{skipped[0].reason}): check --input, and delete {job.output} before the next run"
         )
-    index = np.concatenate(parts)
-    manifest = Manifest(
-        split=job.split,
-        num_samples=len(index),
-        classes=job.classes,
-        shards=tuple(entries),
-        index_digest=write_index(job.output, job.split, index),
-        skipped=tuple(skipped),
-        made_by=job.made_by,
-    )
-    write_manifest(job.output, manifest)
-    shutil.rmtree(_making_folder(job.output, job.split))
-    return manifest
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with staged(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-
-
-def _making_folder(output: Path, split: str) -> Path:
-    return output / f"{split}.making"
+    return job.records.finish(entries, index, classes=job.classes, skipped=skipped, made_by=job.made_by)

@@ -331,6 +331,16 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(tmp_path, monkeypatc
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
+def test_a_run_that_was_killed_before_its_first_record_begins_again(tmp_path):
+    for name in ("whole", "killed"):
+        three_tars(tmp_path / name)
+    index(tmp_path / "whole")
+    (tmp_path / "killed" / "train.indexing").mkdir()
+    (tmp_path / "killed" / "train.indexing" / ".made_by.json.host-1.tmp").write_bytes(b"half")
+    index(tmp_path / "killed")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
 def test_a_tar_that_changed_before_the_run_continued_is_indexed_again(tmp_path, monkeypatch):
     three_tars(tmp_path)
     counted(monkeypatch, stop_after=2)
@@ -440,7 +450,7 @@ def test_a_tar_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     three_tars(tmp_path)
     (tmp_path / "train.indexing").write_text("in the way")
-    with pytest.raises(UserError, match=r"--input .* cannot be written to \(File exists\)"):
+    with pytest.raises(UserError, match=r"--input .* cannot be written to \(Not a directory\)"):
         index(tmp_path)
 
 

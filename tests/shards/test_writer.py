@@ -10,7 +10,7 @@ from hdscale.data.index import open_shards
 from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
 from hdscale.hashing import file_digest
-from hdscale.shards import writer
+from hdscale.shards import resumable, writer
 from hdscale.shards.sources.base import Listing
 from hdscale.shards.sources.digits import Digits
 from hdscale.shards.sources.image_folder import ImageFolder
@@ -110,7 +110,7 @@ def test_a_shard_that_was_cut_short_is_written_again(tmp_path, write, monkeypatc
     def stop(*_):
         raise RuntimeError("stopped before the manifest")
 
-    monkeypatch.setattr(writer, "write_manifest", stop)
+    monkeypatch.setattr(resumable, "write_manifest", stop)
     with pytest.raises(RuntimeError, match="stopped before the manifest"):
         write(FirstDigits(), tmp_path / "parts", TENS)
     monkeypatch.undo()
@@ -353,13 +353,13 @@ def test_a_part_leaves_the_temporary_files_of_others_alone(tmp_path):
 
 def test_a_second_machine_finds_the_folder_that_another_made_meanwhile(tmp_path, monkeypatch):
     """It looked for the folder before the other machine made it and wrote its first shard."""
-    original = writer.create_folder
+    original = resumable.create_folder
 
     def another_is_faster(path, fill):
-        monkeypatch.setattr(writer, "create_folder", original)
+        monkeypatch.setattr(resumable, "create_folder", original)
         write_part(digits_job(tmp_path), MachineShare(1, 2), 0, no_progress)
         original(path, fill)
 
-    monkeypatch.setattr(writer, "create_folder", another_is_faster)
+    monkeypatch.setattr(resumable, "create_folder", another_is_faster)
     write_part(digits_job(tmp_path), MachineShare(2, 2), 0, no_progress)
     assert finish_split(digits_job(tmp_path)).num_samples == 60
