@@ -39,6 +39,8 @@ _KINDS = {
     b"6": "fifo",
     b"S": "sparse file",
 }
+CUT_FILE = "file that is cut"
+TWO_SIZES = "file whose headers disagree about its size"  # who reads the plain one only would be misled
 _WITHOUT_DATA = b"123456"
 _NO_DATA_KINDS = frozenset(_KINDS[bytes([kind])] for kind in _WITHOUT_DATA)
 
@@ -56,7 +58,7 @@ class Member(NamedTuple):
 
     name: str
     kind: str  # FILE, or why it is none
-    offset: int  # of its data in the tar file
+    offset: int  # of its data, from the first byte of the tar
     size: int  # of its data, in bytes
 
     def refusal(self) -> str | None:
@@ -73,21 +75,25 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """A tar file read front to back with `os.pread`, without any of its bytes twice."""
+    """A tar file, or a tar inside another one, read front to back with `os.pread`, without any of its bytes twice."""
 
-    def __init__(self, path: Path, hashed: bool = False) -> None:
-        """Open a file.
+    def __init__(self, path: Path, hashed: bool = False, start: int = 0, end: int | None = None) -> None:
+        """Open a tar.
 
         Args:
-            path: the tar file.
+            path: the file that it is, or is in.
             hashed: read all of it, for `sha256`; else the data of members is jumped over.
+            start: its first byte in the file; all other offsets are counted from there.
+            end: the first byte behind it; None: the end of the file.
 
         Raises:
             OSError: it cannot be opened.
         """
         self._descriptor = os.open(path, os.O_RDONLY)
         status = os.fstat(self._descriptor)
-        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+        self._file_state = status.st_size, status.st_mtime_ns
+        self.size, self.mtime_ns = (status.st_size if end is None else end) - start, status.st_mtime_ns
+        self._first_byte = start
         self._digest = hashlib.sha256() if hashed else None
         self._start, self._buffer = 0, b""  # where the bytes in memory begin, and they
 
@@ -120,7 +126,7 @@ class TarReader:
     def changed(self) -> bool:
         """Say whether somebody wrote to the file since it was opened."""
         status = os.fstat(self._descriptor)
-        return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
+        return (status.st_size, status.st_mtime_ns) != self._file_state
 
     def _advance(self, offset: int, size: int) -> None:
         """Let the buffer begin at `offset` and hold at least `size` bytes."""
@@ -129,7 +135,8 @@ class TarReader:
         if self._digest is None:
             end = max(end, offset)
         while end < offset + size:
-            piece = os.pread(self._descriptor, _HEADERS_READ if self._digest is None else _ALL_READ, end)
+            size_read = min(_HEADERS_READ if self._digest is None else _ALL_READ, self.size - end)
+            piece = os.pread(self._descriptor, size_read, self._first_byte + end)
             if not piece:
                 raise BadTar(f"became shorter than {self.size} bytes while it was read")
             if self._digest is not None:
@@ -175,7 +182,7 @@ class TarReader:
                     member = _extended_member(member, everywhere | extended, position)
                     size, extended = member.size, {}
                 if offset + size > self.size:
-                    yield member._replace(kind="file that is cut")
+                    yield member._replace(kind=CUT_FILE)
                     self._refuse_cut(printable(member.name), offset, size)
                 yield member
             position = offset + -(-size // BLOCK) * BLOCK
@@ -270,7 +277,7 @@ def _extended_member(member: Member, extended: dict[str, str], position: int) ->
     if any(key.startswith("GNU.sparse.") for key in extended):
         kind = "sparse file"
     elif kind == FILE and int(size) != member.size:
-        kind = "file whose headers disagree about its size"  # who reads the plain one only would be misled
+        kind = TWO_SIZES
     return member._replace(name=name, kind=kind, size=member.size if kind in _NO_DATA_KINDS else int(size))
 
 

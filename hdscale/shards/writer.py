@@ -7,7 +7,6 @@ index and the manifest come last. The same source and settings give the same byt
 from __future__ import annotations
 
 import re
-import tarfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from hdscale.errors import UserError
 from hdscale.hashing import file_digest
 from hdscale.shards.resumable import Settings, ShardRecord, SplitRecords, join_shards, run_missing
 from hdscale.shards.sources.base import Source, sample_key
+from hdscale.shards.tar_reader import TarReader
 from hdscale.staging import remove_leftovers, staged
 
 if TYPE_CHECKING:
@@ -260,7 +260,8 @@ def _write_shard(task: _ShardTask) -> int:
                 tar.write({"__key__": sample_key(name), picture.extension: picture.data, "cls": str(label).encode()})
                 records.append((len(picture.data), picture.width, picture.height, zlib.crc32(picture.data)))
                 labels.append(label)
-        offsets = list(_picture_offsets(temporary))
+        with TarReader(temporary) as reader:  # where each picture's bytes start, as the tar file itself says
+            offsets = [member.offset for member in reader.members() if not member.name.endswith(".cls")]
         size, digest = temporary.stat().st_size, file_digest(temporary)
     if not records:
         task.tar.unlink()  # every picture was skipped: some readers stumble over an empty tar file
@@ -286,14 +287,6 @@ def _read(source: Source, name: str, place: np.void | None) -> Picture:
 def _as_text(name: str) -> str:
     """Return a name as the manifest may hold it: bytes that are no UTF-8 as escapes."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-def _picture_offsets(path: Path) -> Iterator[int]:
-    """Yield where each picture's bytes start, as the tar file itself says."""
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.name.endswith(".cls"):
-                yield member.offset_data
 
 
 def _finish(job: SplitJob) -> Manifest:

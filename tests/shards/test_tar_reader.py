@@ -77,6 +77,23 @@ def test_random_trees_are_walked_as_by_tarfile(tmp_path, form, hashed, monkeypat
             assert reader.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_tar_inside_another_file_is_read_as_if_it_were_alone(tmp_path, hashed):
+    alone = write(tmp_path / "a.tar", [f"{number}.jpg" for number in range(60)], tarfile.GNU_FORMAT)
+    data = alone.read_bytes()
+    start, end = 1000, 1000 + len(data)  # no multiple of a block: offsets are counted from the tar's own start
+    around = tmp_path / "around"
+    around.write_bytes(b"b" * start + data + b"a" * 9000)
+    with TarReader(around, hashed, start, end) as tar:
+        for member, expected in zip(tar.members(), as_tarfile_sees_it(alone), strict=True):
+            assert member == expected
+            assert tar.read(member.offset, member.size) == data[member.offset :][: member.size]
+        assert not hashed or tar.sha256() == hashlib.sha256(data).hexdigest()
+        assert not tar.changed()
+    with TarReader(around, hashed, start, start + 3100) as tar, pytest.raises(BadTar, match=r"is cut at byte 3100: "):
+        list(tar.members())
+
+
 def test_bytes_that_are_no_utf8_stay_in_names(tmp_path):
     path = write(tmp_path / "a.tar", ["b\udce9.jpg"], tarfile.GNU_FORMAT)
     assert members(path) == as_tarfile_sees_it(path)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import tarfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,28 +13,13 @@ from hdscale.shards.sources.base import EXTENSIONS, Listing
 from hdscale.shards.sources.classes import choose_classes
 from hdscale.shards.sources.packed_names import PackedNames
 from hdscale.shards.sources.stored_picture import Picture, Resize, stored_picture
-from hdscale.shards.tar_reader import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from hdscale.shards.tar_reader import CUT_FILE, FILE, TWO_SIZES, BadTar, TarReader, TrailingData
 
 PLACE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4")])
 """Where a picture's bytes are in its file: the class's tar, or the outer one."""
 
 _MAX_BYTES = 1 << 30  # larger members are no pictures
-
-
-class CutTar(ValueError):
-    """A tar that ends, or stops making sense, before its end mark."""
-
-
-class Member(NamedTuple):
-    """What a tar says of one member."""
-
-    name: str
-    offset: int  # of its bytes in the file
-    size: int
-    is_file: bool  # a regular one: no link, device, folder or sparse file
+_FILES = (FILE, TWO_SIZES)  # the header of a file of more than 8 GiB has no room for its size
 
 
 class _Tar(NamedTuple):
@@ -44,35 +28,6 @@ class _Tar(NamedTuple):
     path: Path
     start: int  # offset in the file
     end: int
-
-
-def members(path: Path, start: int, end: int) -> Iterator[Member]:
-    """Yield the members of the tar at `start` .. `end` of a file, reading headers only.
-
-    Raises:
-        CutTar: after the last whole member, when no end mark follows it.
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        try:
-            # "r:": a compressed tar has no offsets to read at
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                for member in tar:
-                    if member.size < 0:
-                        raise CutTar(f"the size of {member.name!r} is negative")  # tarfile would go round in circles
-                    if member.offset_data + (member.size if member.isreg() else 0) > end:
-                        raise CutTar(f"it ends inside {member.name!r}")
-                    yield Member(member.name, member.offset_data, member.size, member.isreg() and not member.issparse())
-                file.seek(tar.offset)
-                mark = tarfile.NUL * tarfile.BLOCKSIZE
-                if tar.offset + len(mark) > end or file.read(len(mark)) != mark:
-                    raise CutTar("it has no end mark")
-        except CutTar:
-            raise
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-            # tarfile believes what headers say: numbers that are none, names of exabytes, headers of headers of headers
-            raise CutTar(printable(str(error) or type(error).__name__)) from None
 
 
 class SynsetTars:
@@ -153,19 +108,24 @@ class SynsetTars:
         return tars, [f"{others} members of --input that are no .tar files"] if others else []
 
     def _tars_in_tar(self) -> tuple[dict[str, _Tar], int]:
-        tars, others, size = {}, 0, self.path.stat().st_size
+        tars, others = {}, 0
         try:
-            for member in members(self.path, 0, size):
-                name = PurePosixPath(member.name)
-                if not member.is_file or name.suffix != ".tar" or name.name.startswith("."):
-                    others += member.is_file
-                    continue
-                if name.stem in tars:
-                    raise UserError(f"--input {self.path} holds two {name.name}: each class needs one tar of its own")
-                tars[name.stem] = _Tar(self.path, member.offset, member.offset + member.size)
-        except CutTar as error:
+            with TarReader(self.path) as outer:
+                for member in outer.members():
+                    name = PurePosixPath(member.name)
+                    if member.kind not in _FILES or name.suffix != ".tar" or name.name.startswith("."):
+                        others += member.kind in _FILES
+                        continue
+                    if name.stem in tars:
+                        raise UserError(
+                            f"--input {self.path} holds two {name.name}: each class needs one tar of its own"
+                        )
+                    tars[name.stem] = _Tar(self.path, member.offset, member.offset + member.size)
+        except TrailingData:
+            pass  # behind the last member
+        except BadTar as error:
             raise UserError(
-                f"--input {self.path} is no whole, uncompressed tar ({error}), and which classes it lacks cannot be "
+                f"--input {self.path} is no whole, uncompressed tar (it {error}), and which classes it lacks cannot be "
                 "told: copy it again, or unpack it"
             ) from None
         return tars, others
@@ -175,16 +135,20 @@ def _pictures_in(tar: _Tar) -> tuple[dict[str, tuple[int, int]], int, str]:
     """Return offset and size of a tar's pictures by name, the number of other members, and how it is damaged."""
     found, ignored = {}, 0
     try:
-        for member in members(*tar):
-            name = member.name.removeprefix("./")
-            if name.rpartition("/")[2].startswith("."):
-                continue  # hidden, as in folders
-            if member.is_file and member.size <= _MAX_BYTES and _is_picture_name(name) and name not in found:
-                found[name] = (member.offset, member.size)
-            else:
-                ignored += 1
-    except CutTar as error:
-        return found, ignored, str(error)
+        with TarReader(tar.path, start=tar.start, end=tar.end) as reader:
+            for member in reader.members():
+                name = (member.name.rstrip("/") if member.kind == "directory" else member.name).removeprefix("./")
+                if member.kind == CUT_FILE or name.rpartition("/")[2].startswith("."):
+                    continue  # hidden, as in folders
+                wanted = member.kind in _FILES and member.size <= _MAX_BYTES and _is_picture_name(name)
+                if wanted and name not in found:
+                    found[name] = (tar.start + member.offset, member.size)
+                else:
+                    ignored += 1
+    except TrailingData:
+        pass  # behind the last member
+    except BadTar as error:
+        return found, ignored, f"it {error}"
     except OSError as error:
         raise UserError(f"{tar.path} cannot be read ({error.strerror or error}): mend it and run again") from error
     return found, ignored, ""

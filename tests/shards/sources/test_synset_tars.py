@@ -146,6 +146,7 @@ def test_a_tar_cut_short_is_told_and_keeps_its_label_and_the_others(source, cont
     (words,) = listing.damaged
     assert words.startswith(f"{synset}.tar is cut short (")
     assert f"the {num_whole} pictures before the cut" in words
+    assert listing.left_out == []
     members = [(name, picture) for name, picture in contents.items() if name != synset]
     members.append((synset, contents[synset][:num_whole]))
     assert read_all(tars, listing) == {f"{name}/{file}": data for name, files in members for file, data in files}
@@ -161,7 +162,7 @@ def header(name, size, kind=tarfile.REGTYPE):
 def pax_member(**records):
     member = tarfile.TarInfo("odd.jpg")
     member.pax_headers = records
-    return tar_file([("odd.jpg", member)])[: -2 * 512]
+    return member.tobuf(tarfile.PAX_FORMAT)
 
 
 COMMENT = header("comment", 19, tarfile.XHDTYPE) + b"19 comment=12345 67".ljust(512, b"\0")
@@ -172,8 +173,6 @@ HOSTILE = {
     "an extended header of exabytes": header("odd", 1 << 62, tarfile.XHDTYPE) + bytes(512),
     "headers of headers": COMMENT * 1500,
     "a negative size in words": pax_member(size="-512"),
-    "a size of a sparse file that is none": pax_member(**{"GNU.sparse.size": "x"}),
-    "a map of a sparse file that is none": pax_member(**{"GNU.sparse.map": "1,x"}),
 }
 
 
@@ -187,6 +186,38 @@ def test_headers_that_mislead_tarfile_end_their_tar_only(source, contents, data)
     assert len(words) < 400
     expected = {f"{name}/{file}": picture for name, files in contents.items() for file, picture in files}
     assert read_all(tars, listing) == expected
+
+
+@pytest.mark.parametrize("record", ["GNU.sparse.size", "GNU.sparse.map"])
+def test_sparse_files_whose_maps_make_no_sense_are_walked_past(source, record):
+    after = tar_file([("after.jpg", jpeg(1))])
+    tars = source({"n01": pax_member(**{record: "1,x"}) + after})
+    listing = tars.listing()
+    assert read_all(tars, listing) == {"n01/after.jpg": jpeg(1)}
+    assert listing.damaged == ()
+    assert listing.left_out[0].startswith("1 tar members")
+
+
+def test_the_size_in_an_extended_header_counts(source):
+    """It alone is right for files of more than 8 GiB, such as the tars of large classes."""
+    data = jpeg(1)
+    member = pax_member(size=str(len(data))) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+    tars = source({"n01": member + tar_file([("after.jpg", jpeg(2))])})
+    listing = tars.listing()
+    assert read_all(tars, listing) == {"n01/odd.jpg": data, "n01/after.jpg": jpeg(2)}
+    assert (listing.left_out, listing.damaged) == ([], ())
+
+
+def test_what_stands_behind_the_end_of_a_tar_is_no_damage(source, contents):
+    tars = source({"n01": tar_file(contents["n01"]) + tar_file(contents["n02"])})
+    assert list(tars.listing().names) == ["n01/n01_0.JPEG", "n01/n01_1.JPEG"]
+    assert tars.listing().damaged == ()
+
+
+def test_hidden_members_and_folders_are_not_counted(source):
+    folders = [special(name, tarfile.DIRTYPE) for name in ("./", "./.cache/", "a/.cache/")]
+    listing = source({"n01": [*folders, ("good.jpg", jpeg(1)), ("a/.DS_Store", b"")]}).listing()
+    assert (list(listing.names), listing.left_out) == (["n01/good.jpg"], [])
 
 
 def test_a_class_without_pictures_is_told_and_keeps_its_label(source, contents):
