@@ -82,8 +82,5 @@ def json_digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

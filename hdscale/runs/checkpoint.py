@@ -7,7 +7,6 @@ nothing about ZeRO: any stage and any number of ranks loads it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hdscale.errors import UserError
+from hdscale.hashing import file_digest
 from hdscale.staging import flush, staged
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def save_checkpoint(
     save_file(dict(shard), staging / name)
     flush(staging / name)
     digests: list[Any] = [None] * world_size
-    dist.all_gather_object(digests, (name, _sha256(staging / name)))
+    dist.all_gather_object(digests, (name, file_digest(staging / name)))
     if rank == 0:
         (staging / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-        files = dict(digests) | {_STATE: _sha256(staging / _STATE)}
+        files = dict(digests) | {_STATE: file_digest(staging / _STATE)}
         (staging / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=2) + "\n")
         _publish(staging, final)
         _remove_old(root, keep)
@@ -129,7 +129,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         for name, digest in manifest["files"].items():
-            if _sha256(path / name) != digest:
+            if file_digest(path / name) != digest:
                 raise CorruptCheckpointError(f"{path / name} differs from its digest")
         state = json.loads((path / _STATE).read_text())
     except (OSError, ValueError, KeyError) as error:
@@ -184,8 +184,3 @@ def _list(root: Path) -> list[tuple[int, Path]]:
     if not root.is_dir():
         return []
     return [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,13 +20,8 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: the file cannot be read, names a class twice, or names none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"--only-classes {path} cannot be read ({reason}): name a file, one class a line") from None
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_lines("--only-classes", path, "name a file, one class a line"), 1):
         name = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
         if name in seen:
             raise UserError(f"--only-classes {path}, line {number}: {name} is on line {seen[name]} already: remove one")
@@ -73,13 +68,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: it cannot be read, or a line is empty or there twice.
     """
-    try:
-        names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"--classes {path} cannot be read ({reason}): give a text file, one class name a line"
-        ) from None
+    names = tuple(_read_lines("--classes", path, "give a text file, one class name a line"))
     if not names:
         raise UserError(f"--classes {path} is empty: give one class name a line")
     first_line: dict[str, int] = {}
@@ -88,3 +77,11 @@ def read_classes(path: Path) -> tuple[str, ...]:
             what = f"repeats the name {name!r} of line {first_line[name]}" if name.strip() else "is empty"
             raise UserError(f"--classes {path}: line {line} {what}; give one class name a line, in order of the labels")
     return names
+
+
+def _read_lines(option: str, path: Path, way_out: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{option} {path} cannot be read ({reason}): {way_out}") from None
