@@ -21,6 +21,7 @@ from hdscale.hashing import file_digest, json_digest
 from hdscale.shards.labels import MAX_CLS, MAX_JSON, BadLabel, LabelRule
 from hdscale.shards.picture_size import picture_size
 from hdscale.shards.resumable import Settings, ShardRecord, SplitRecords, join_shards, run_missing
+from hdscale.shards.sources.base import EXTENSIONS
 from hdscale.shards.sources.packed_names import is_text
 from hdscale.shards.tar_reader import BadTar, Member, TarReader, TrailingData, printable
 from hdscale.staging import staged
@@ -28,9 +29,6 @@ from hdscale.staging import staged
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-PICTURE_KINDS = ("jpg", "jpeg", "png", "webp")
-"""Last suffixes of members that are pictures, in any case; their content decides how they are decoded."""
 
 MAX_PICTURE = 64 << 20
 """Bytes; a larger picture is left out."""
@@ -274,7 +272,7 @@ def _split_name(name: str) -> tuple[str, str]:
 def _take(sample: _Sample, member: Member, extension: str, tar: TarReader, job: IndexJob) -> None:
     """Note what a member says of its sample."""
     kind = extension.rpartition(".")[2].lower()
-    if extension.lower() in job.pictures if job.pictures else kind in PICTURE_KINDS:
+    if extension.lower() in job.pictures if job.pictures else f".{kind}" in EXTENSIONS:
         sample.pictures.append((member.name, _picture_row(member, tar)))
     elif kind == "cls" and job.rule.cls:
         if sample.cls is not None:

@@ -15,7 +15,7 @@ from hdscale.shards.sources.packed_names import PackedNames
 from hdscale.shards.sources.stored_picture import Picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-"""Files of an image folder that are taken, in any case; their content decides how they are decoded."""
+"""What the names of pictures end with, in any case; their content decides how they are decoded."""
 
 
 class Listing(NamedTuple):
