@@ -18,7 +18,7 @@ import torch
 from hdscale.benchmarks.usual_pipeline import jpeg_decoders, usual_pipeline, view_makers
 from hdscale.config.recipe import DataConfig
 from hdscale.data.decode import decode_view
-from hdscale.data.loader import TrainLoader
+from hdscale.data.loader import RankShare, TrainLoader
 from hdscale.data.order import build_order
 from hdscale.data.views import view_parameters
 
@@ -176,18 +176,8 @@ def _view(shards: ShardSet, sample_id: int) -> _View:
 
 
 def _loader(shards: ShardSet, config: DataConfig, num_steps: int) -> TrainLoader:
-    return TrainLoader(
-        shards,
-        build_order(shards.index, config, _SEED),
-        config,
-        _SEED,
-        global_batch_size=BATCH_SIZE,
-        micro_batch_size=BATCH_SIZE,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        num_steps=num_steps,
-    )
+    share = RankShare(rank=0, world_size=1, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE)
+    return TrainLoader(shards, build_order(shards.index, config, _SEED), config, _SEED, share, range(num_steps))
 
 
 def _timed(loader: TrainLoader) -> tuple[float, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,24 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     return global_batch_size // per_micro_step
 
 
+class RankShare(NamedTuple):
+    """The part of every global batch that one rank serves."""
+
+    rank: int
+    world_size: int
+    global_batch_size: int  # images per optimizer step, over all ranks
+    micro_batch_size: int  # images that one rank forwards at once
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-steps per optimizer step.
+
+        Raises:
+            UserError: the sizes do not divide.
+        """
+        return accumulation_steps(self.global_batch_size, self.micro_batch_size, self.world_size)
+
+
 class TrainLoader:
     """One rank's micro-batches, step after step.
 
@@ -54,43 +72,35 @@ class TrainLoader:
         order: Order,
         config: DataConfig,
         seed: int,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        start_step: int,
-        num_steps: int,
+        share: RankShare,
+        steps: range,
         look_up_masks: MaskLookup | None = None,
     ) -> None:
-        """Plan steps start_step .. start_step + num_steps - 1.
+        """Plan optimizer steps.
 
         Args:
             shards: opened split.
             order: from `build_order`, over the index of `shards`.
             config: view and worker settings.
             seed: `run.seed`.
-            global_batch_size: images an optimizer step, over all ranks.
-            micro_batch_size: images a rank forwards at once.
-            rank: of this process.
-            world_size: number of ranks.
-            start_step: first optimizer step that is served.
-            num_steps: optimizer steps that are served from there on.
+            share: which part of each global batch is served.
+            steps: the optimizer steps that are served, counted from the start of the run.
             look_up_masks: takes sample ids (B,) and views (B,), returns (B, K) ascending indices of kept tokens; runs
                 in the workers, so it must be picklable where processes are spawned.
+
+        Raises:
+            UserError: the batch sizes of `share` do not divide.
         """
-        self.accumulation = accumulation_steps(global_batch_size, micro_batch_size, world_size)
-        steps = range(start_step, start_step + num_steps)
-        positions = _TrainPositions(steps, rank, world_size, micro_batch_size, self.accumulation)
         dataset = _TrainDataset(shards, order, config, seed, look_up_masks)
-        self._loader = _data_loader(dataset, positions, config.workers)
+        self.accumulation = share.accumulation
+        self._loader = _data_loader(dataset, _TrainPositions(steps, share), config.workers)
 
     def __len__(self) -> int:
         """Return the number of micro-batches."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield `accumulation` micro-batches a step.
+        """Yield `accumulation` micro-batches per step.
 
         Raises:
             UserError: neither a sample nor its substitutes can be shown, or `look_up_masks` raised it.
@@ -153,13 +163,12 @@ class SequentialLoader:
 class _TrainPositions:
     """The positions (B,) of every micro-step of one rank, computed when asked for."""
 
-    def __init__(self, steps: range, rank: int, world_size: int, micro_batch_size: int, accumulation: int) -> None:
+    def __init__(self, steps: range, share: RankShare) -> None:
         self._steps = steps
-        self._share = (rank, world_size, micro_batch_size, accumulation)
-        self._accumulation = accumulation
+        self._share = (share.rank, share.world_size, share.micro_batch_size, share.accumulation)
 
     def __len__(self) -> int:
-        return len(self._steps) * self._accumulation
+        return len(self._steps) * self._share[-1]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for step in self._steps:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TextIO
 import torch
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED
-from hdscale.data.loader import TrainLoader
+from hdscale.data.loader import RankShare, TrainLoader
 from hdscale.data.order import build_order
 from hdscale.engine.ranks import Ranks
 from hdscale.engine.zero_internals import Engine
@@ -58,13 +58,9 @@ def run_loader(session: Session, start_step: int, end_step: int) -> TrainLoader:
         build_order(run.shards.index, recipe.data, recipe.run.seed),
         recipe.data,
         recipe.run.seed,
-        global_batch_size=recipe.optim.global_batch_size,
-        micro_batch_size=recipe.optim.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        start_step=start_step,
-        num_steps=end_step - start_step,
-        look_up_masks=session.look_up_masks,
+        RankShare(ranks.rank, ranks.world_size, recipe.optim.global_batch_size, recipe.optim.micro_batch_size),
+        range(start_step, end_step),
+        session.look_up_masks,
     )
 
 

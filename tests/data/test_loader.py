@@ -4,7 +4,7 @@ import torch
 
 from hdscale.data.decode import decode_view
 from hdscale.data.fingerprint import view_fingerprint
-from hdscale.data.loader import SequentialLoader, TrainLoader, accumulation_steps
+from hdscale.data.loader import RankShare, SequentialLoader, TrainLoader, accumulation_steps
 from hdscale.data.order import build_order
 from hdscale.data.samples import EVAL_VIEW, substitute
 from hdscale.data.views import central_square, view_parameters
@@ -17,11 +17,11 @@ SEED = 11
 def train_loader(digits, view_config):
     """Build the loader of one rank; keyword arguments replace the defaults."""
 
-    def build(*, config=None, **changes):
-        config = config or view_config
-        sizes = {"global_batch_size": 64, "micro_batch_size": 16, "rank": 0, "world_size": 1}
-        arguments = sizes | {"start_step": 0, "num_steps": 4} | changes
-        return TrainLoader(digits, build_order(digits.index, config, SEED), config, SEED, **arguments)
+    def build(*, config=None, start_step=0, num_steps=4, look_up_masks=None, **changes):
+        config, order = config or view_config, build_order(digits.index, config or view_config, SEED)
+        share = RankShare(rank=0, world_size=1, global_batch_size=64, micro_batch_size=16)._replace(**changes)
+        steps = range(start_step, start_step + num_steps)
+        return TrainLoader(digits, order, config, SEED, share, steps, look_up_masks)
 
     return build
 
@@ -197,22 +197,14 @@ def test_ranks_show_the_same_substitutes_with_their_masks_and_labels(damaged, vi
     shards = damaged([7, 300, 1000])
     config = view_config.model_copy(update={"workers": workers})
     order = build_order(shards.index, config, SEED)
-    steps = shards.num_samples // 64 + 1
+    steps = range(shards.num_samples // 64 + 1)
 
     def run(rank, world_size):
-        return TrainLoader(
-            shards,
-            order,
-            config,
-            SEED,
-            global_batch_size=64,
-            micro_batch_size=64 // world_size,
-            rank=rank,
-            world_size=world_size,
-            start_step=0,
-            num_steps=steps,
-            look_up_masks=lambda ids, views: np.stack([ids, ids + views + 1], axis=1),
-        )
+        share = RankShare(rank, world_size, global_batch_size=64, micro_batch_size=64 // world_size)
+        return TrainLoader(shards, order, config, SEED, share, steps, keep_indices)
+
+    def keep_indices(ids, views):
+        return np.stack([ids, ids + views + 1], axis=1)
 
     one, two = list(run(0, 1)), [batch for rank in range(2) for batch in run(rank, 2)]
     found = {(bad.sample_id, bad.shown_id) for batch in one for bad in batch.bad}
