@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, check_workers, run
+from hdscale.data.manifest import Manifest
 from hdscale.errors import UserError
 from hdscale.progress import Progress
+from hdscale.shards.sources.base import Listing, Source
 from hdscale.shards.sources.classes import read_class_list
 from hdscale.shards.sources.csv_list import CsvList
 from hdscale.shards.sources.digits import Digits
@@ -30,12 +32,6 @@ from hdscale.shards.sources.stored_picture import DEFAULT_QUALITY, Resize
 from hdscale.shards.sources.synset_tars import SynsetTars
 from hdscale.shards.split import MachineShare, SplitSettings, assign_splits, check_settings, parse_part
 from hdscale.shards.writer import SplitJob, finish_split, part_samples, write_part, write_split
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from hdscale.data.manifest import Manifest
-    from hdscale.shards.sources.base import Listing, Source
 
 _NAMED_SKIPS = 10
 

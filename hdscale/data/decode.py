@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import PIL
 import torch
 import torchvision
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image
 
 from hdscale.data.jpeg import decode_jpeg_region, jpeg_decoder_version
 from hdscale.data.pictures import check_size, is_plain, open_picture, to_rgb
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hdscale.data.views import ViewParameters
+from hdscale.data.views import ViewParameters
 
 INTERPOLATION = "bicubic antialias uint8"
 """How crops are resized: part of the fingerprint of views."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from hdscale.config.recipe import DataConfig
 from hdscale.data.decode import INTERPOLATION, decoder_version
 from hdscale.data.views import VIEW_ALGORITHM
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import DataConfig
 
 
 def view_fingerprint(config: DataConfig, seed: int) -> dict[str, object]:

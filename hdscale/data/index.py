@@ -7,7 +7,8 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,6 @@ from hdscale.data.pictures import BadPicture
 from hdscale.errors import UserError
 from hdscale.hashing import file_digest
 from hdscale.staging import staged
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 INDEX_DTYPE = np.dtype(
     [

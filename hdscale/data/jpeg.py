@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hdscale.data.pictures import check_size
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from hdscale.data.views import ViewParameters
+from hdscale.data.views import ViewParameters
 
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _MIN_WIDTH = 16

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hdscale.data.order import positions_of, samples_at
-from hdscale.data.samples import EVAL_VIEW, load_batch, too_many_bad
+from hdscale.config.recipe import DataConfig
+from hdscale.data.index import ShardSet
+from hdscale.data.order import Order, positions_of, samples_at
+from hdscale.data.samples import EVAL_VIEW, MaskLookup, load_batch, too_many_bad
 from hdscale.data.views import view_number
 from hdscale.errors import UserError
 from hdscale.types import Batch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from hdscale.config.recipe import DataConfig
-    from hdscale.data.index import ShardSet
-    from hdscale.data.order import Order
-    from hdscale.data.samples import MaskLookup
-
 
 _logger = logging.getLogger(__name__)
 

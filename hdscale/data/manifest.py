@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hdscale.errors import UserError
 from hdscale.staging import staged
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class _Frozen(BaseModel):

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from hdscale.config.recipe import DataConfig
 from hdscale.hashing import hash64, hash_int
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import DataConfig
 
 _SHARD_KEY = 0x7368617264  # "shard": separates this use of the seed from the others
 _PLACE_KEY = 0x706C616365  # "place"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+
+from hdscale.config.recipe import DataConfig
 from hdscale.hashing import extend_hash, hash_int, uniform_int
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from hdscale.config.recipe import DataConfig
 
 _VIEW_KEY = 0x76696577  # "view": separates this use of the seed from the others
 _TRIES = 10

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +27,6 @@ from hdscale.shards.sources.base import EXTENSIONS
 from hdscale.shards.sources.packed_names import is_text
 from hdscale.shards.tar_reader import BadTar, Member, TarReader, TrailingData, printable
 from hdscale.staging import staged
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 MAX_PICTURE = 64 << 20
 """Bytes; a larger picture is left out."""

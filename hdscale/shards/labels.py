@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from hdscale.data.index import UNLABELLED
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 MAX_CLS = 64
 """Bytes of a `.cls` member; a longer one is no number."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hdscale.errors import UserError
 from hdscale.hashing import hash64, uniform
-from hdscale.shards.sources.base import sample_key
-
-if TYPE_CHECKING:
-    from hdscale.shards.sources.base import Listing
+from hdscale.shards.sources.base import Listing, sample_key
 
 VAL_SPLIT = "val"
 _SHUFFLE_KEY = 0x73687566666C65  # "shuffle": separates the two uses of a key's hash

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,10 +17,6 @@ from hdscale.hashing import file_digest
 from hdscale.shards.tar_reader import BadTar, Member, TarReader, printable
 from hdscale.shards.workers import in_processes
 from hdscale.staging import staged
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 class Bad(NamedTuple):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -23,15 +25,10 @@ from hdscale.errors import UserError
 from hdscale.hashing import file_digest
 from hdscale.shards.resumable import Settings, ShardRecord, SplitRecords, join_shards, run_missing
 from hdscale.shards.sources.base import Source, sample_key
+from hdscale.shards.sources.stored_picture import Picture
+from hdscale.shards.split import MachineShare
 from hdscale.shards.tar_reader import TarReader
 from hdscale.staging import remove_leftovers, staged
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
-
-    from hdscale.shards.sources.stored_picture import Picture
-    from hdscale.shards.split import MachineShare
 
 _MTIME = 0  # of every member, so that the bytes of a shard depend on its samples only
 _OWNER = "hdscale"

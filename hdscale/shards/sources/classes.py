@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from hdscale.errors import UserError
 from hdscale.shards.sources.packed_names import is_text
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _NAMED = 5  # missing classes that a message names
 

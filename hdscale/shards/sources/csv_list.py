@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -11,10 +12,6 @@ from hdscale.errors import UserError
 from hdscale.shards.sources.base import Listing, read_file
 from hdscale.shards.sources.classes import choose_classes
 from hdscale.shards.sources.stored_picture import Picture, Resize, stored_picture
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 _COLUMNS = ("path", "label")
 _MAX_DIGITS = 20  # of a label that is a number
