@@ -4,7 +4,7 @@
     python data_tools/verify_shards.py --shards shards/ --split train
 
 --quick compares sizes and headers; without it every byte is read and every picture decoded. Exit code 0: all is well,
-1: something is bad, and the report names it, one JSON object a line.
+1: something is bad, and the report names it, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, required=True, help="folder that holds the shards")
     parser.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="sizes and headers only")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--report", type=Path, help="file of what is bad (default: SPLIT.verify.jsonl beside the tars)")
     return parser.parse_args(argv)
 

@@ -71,7 +71,7 @@ def decode_crop(data: bytes, size: tuple[int, int], box: ViewParameters) -> Tens
         (3, box.height, box.width) uint8, RGB, not flipped.
 
     Raises:
-        BadPicture: as `decode_view`.
+        BadPicture: nobody can decode it, or it has another size.
     """
     region = decode_jpeg_region(data, size, box)
     if region is not None:

@@ -29,7 +29,7 @@ INDEX_DTYPE = np.dtype(
         ("crc32", "<u4"),  # of the picture's bytes
     ]
 )
-"""One sample: 32 bytes; its row is its sample id."""
+"""One record per sample, 32 bytes; its row is the sample's id."""
 
 _OPEN_FILES = 128
 _MAKE_AGAIN = (
@@ -39,7 +39,7 @@ _MAKE_AGAIN = (
 
 
 def write_index(folder: Path, split: str, index: np.ndarray) -> str:
-    """Write SPLIT.index.npy and return its digest."""
+    """Write SPLIT.index.npy, (n,) INDEX_DTYPE, and return its sha256."""
     path = index_path(folder, split)
     with staged(path) as temporary, temporary.open("wb") as file:
         np.save(file, index, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Loaders: positions of the endless stream in, micro-batches of uint8 pictures out."""
+"""Loaders: positions of the endless stream in, micro-batches of uint8 images out."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class TrainLoader:
         """Plan optimizer steps.
 
         Args:
-            shards: opened split.
+            shards: where samples are read.
             order: from `build_order`, over the index of `shards`.
             config: view and worker settings.
             seed: `run.seed`.
             share: which part of each global batch is served.
             steps: the optimizer steps that are served, counted from the start of the run.
-            look_up_masks: takes sample ids (B,) and views (B,), returns (B, K) ascending indices of kept tokens; runs
-                in the workers, so it must be picklable where processes are spawned.
+            look_up_masks: fills `Batch.keep_indices`; runs in the workers, so it must be picklable where processes are
+                spawned.
 
         Raises:
             UserError: the batch sizes of `share` do not divide.
@@ -119,12 +119,12 @@ class SequentialLoader:
         """Plan the batches.
 
         Args:
-            shards: opened split.
+            shards: where samples are read.
             config: view settings; its `workers` unless `workers` is given.
             seed: `run.seed`, of augmented views.
             sample_ids: rows of the index.
             view: the augmented view as training shows it; None: the central square (`Batch.views` is then EVAL_VIEW).
-            batch_size: images a batch.
+            batch_size: images per batch.
             workers: loader processes.
         """
         self._shards, self._config = shards, config
@@ -138,7 +138,7 @@ class SequentialLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches; `epochs` is the view, or 0.
+        """Yield the batches; `Batch.epochs` is the view, or 0.
 
         Raises:
             UserError: more samples than `data.max_bad_fraction` of the split are bad.
@@ -209,7 +209,7 @@ def _as_it_is(packed: Any) -> Any:
 
 
 def _pack(batch: Batch | UserError) -> tuple[Any, ...] | UserError:
-    """Turn all tensors but the pictures into arrays: each tensor that leaves a worker costs half a millisecond."""
+    """Turn all tensors but the images into arrays: each tensor that leaves a worker costs half a millisecond."""
     if isinstance(batch, UserError):
         return batch
     images, *rest, bad = batch

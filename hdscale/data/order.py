@@ -53,7 +53,7 @@ def _shard_sizes(shard_of_sample: np.ndarray) -> np.ndarray:
 
 
 class GlobalOrder:
-    """One permutation of all samples an epoch, computed place by place: it needs no memory."""
+    """One permutation of all samples per epoch, computed place by place: it needs no memory."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
         self.num_samples = num_samples

@@ -70,8 +70,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             high_byte = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
             return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
-            picture = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
-    except Exception as error:  # as in open_picture
+    except Exception as error:  # Pillow's decoders raise anything, too
         raise BadPicture(f"cannot be decoded ({error})") from error

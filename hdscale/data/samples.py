@@ -18,7 +18,7 @@ from hdscale.hashing import hash_int
 from hdscale.types import BadSample, Batch
 
 MaskLookup = Callable[[np.ndarray, np.ndarray], np.ndarray | Tensor]
-"""Takes sample ids (B,) and views (B,), returns kept patches (B, K), ascending: how stored masks reach a batch."""
+"""Takes sample ids (B,) and their views (B,), returns the ascending indices (B, K) of the tokens that are kept."""
 
 EVAL_VIEW = -1
 """`Batch.views` of samples that are shown without augmentation."""
@@ -39,13 +39,13 @@ def load_batch(
     """Read, decode and cut the samples of one batch and look their masks up.
 
     Args:
-        shards: opened split.
-        config: view settings.
+        shards: where they are read.
+        config: how views are cut, and the size of the result.
         seed: `run.seed`.
-        sample_ids: (B,) rows of the index; a bad one is replaced, see `substitute`.
+        sample_ids: (B,) rows of the index; a bad one is replaced by `substitute`.
         views: (B,) augmented views, or EVAL_VIEW.
         epochs: (B,) handed on.
-        look_up_masks: takes the ids that are shown (B,) and views (B,), returns (B, K) ascending indices.
+        look_up_masks: asked for the samples that are shown, substitutes among them.
 
     Returns:
         The batch; or a user's error, unraised: an exception that leaves a worker process is wrapped into a traceback of
@@ -81,7 +81,7 @@ def _show(
     candidate = sample_id
     for attempt in range(1, _SUBSTITUTES + 2):
         try:
-            image = _picture(shards, config, seed, candidate, view)
+            image = _image(shards, config, seed, candidate, view)
         except BadPicture as error:
             bad[candidate] = str(error)
             candidate = substitute(sample_id, attempt, shards.num_samples)
@@ -105,8 +105,8 @@ def substitute(sample_id: int, attempt: int, num_samples: int) -> int:
     return hash_int(_SUBSTITUTE_KEY, sample_id, attempt) % num_samples
 
 
-def _picture(shards: ShardSet, config: DataConfig, seed: int, sample_id: int, view: int) -> Tensor:
-    """Return one sample in one view, (3, S, S) uint8."""
+def _image(shards: ShardSet, config: DataConfig, seed: int, sample_id: int, view: int) -> Tensor:
+    """Return one sample in one view, (3, img_size, img_size) uint8."""
     record = shards.index[sample_id]
     width, height = size = int(record["width"]), int(record["height"])
     if view == EVAL_VIEW:

@@ -45,7 +45,7 @@ def view_parameters(
         view: number of the augmented view.
         sample_id: row of the index.
         width: of the stored picture, in pixels, at least 1.
-        height: the same.
+        height: of the stored picture, in pixels, at least 1.
         scale: smallest and largest share of the picture's area.
         ratio: smallest and largest width over height.
         hflip: probability of a flip.

@@ -52,7 +52,7 @@ class IndexJob(NamedTuple):
 
     @property
     def report(self) -> Path:
-        """Where all that was left out is named, one JSON object a line."""
+        """Where all that was left out is named, one JSON object per line."""
         return self.folder / f"{self.split}.index-report.jsonl"
 
 

@@ -119,10 +119,10 @@ def run_missing(
     """Make the shards that are missing, in worker processes.
 
     Args:
-        tasks: one per shard.
+        tasks: one per shard; pickled.
         finished: returns the number of pictures of a finished shard, None for a missing one.
         make: makes one shard, records it, and returns that number.
-        workers: as of `in_processes`.
+        workers: processes; 0 or 1 works in this one.
 
     Yields:
         The number of every shard: at once of those that are finished, of others as soon as they are.

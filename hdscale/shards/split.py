@@ -1,4 +1,7 @@
-"""Which picture goes into which split and shard: decided by names and a seed before anything is written."""
+"""Which picture goes into which split and shard, and which machine writes which shard.
+
+Names and a seed decide it before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,18 @@ class SplitSettings(NamedTuple):
 
 
 class MachineShare(NamedTuple):
-    """The share of one machine among several that make the same shards."""
+    """The shards of one machine among several that make the same split: `--part number/total`."""
 
     number: int  # 1 .. total
     total: int
 
     def owns(self, shard: int) -> bool:
-        """Say whether this part writes the shard of that number."""
+        """Say whether this machine writes the shard of that number."""
         return shard % self.total == self.number - 1
 
 
 def parse_part(text: str) -> MachineShare:
-    """Read a part such as 2/4, the second of four.
+    """Read the option `--part`, such as 2/4 for the second of four machines.
 
     Raises:
         UserError: it is something else.
@@ -64,13 +67,13 @@ def check_settings(settings: SplitSettings) -> None:
 
 
 def assign_splits(listing: Listing, settings: SplitSettings) -> dict[str, np.ndarray]:
-    """Deal the pictures of a listing to splits and shuffle each of them.
+    """Assign each picture of a listing to a split, and shuffle the splits.
 
     The side on which a picture falls depends on its key alone, so that it stays there when other pictures come or the
     seed changes. Shards are consecutive stretches of the result.
 
     Returns:
-        Rows of the listing by split, in the order in which they are written.
+        By the name of each split, (n,) rows of the listing in the order in which they are written.
 
     Raises:
         UserError: a split would be empty.

@@ -1,6 +1,6 @@
 """Walking through tar files that others made: headers only, no byte believed, nothing extracted.
 
-Python's tarfile takes a tenth of a millisecond a member, reads names of any length, and does not tell a tar that was
+Python's tarfile takes a tenth of a millisecond per member, reads names of any length, and does not tell a tar that was
 cut between two members from a whole one.
 """
 

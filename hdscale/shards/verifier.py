@@ -48,11 +48,11 @@ class _Task(NamedTuple):
 def check_split(
     folder: Path, split: str, quick: bool, workers: int, report: Path, progress: Callable[[int], object]
 ) -> Summary:
-    """Check a split and report all that is bad, one JSON object a line, by shard and sample.
+    """Check a split and report all that is bad, one JSON object per line, by shard and sample.
 
     Args:
         folder: holds the shards.
-        split: name of the split.
+        split: the name of their index and manifest.
         quick: compare sizes, the digest of the index, and the headers of all samples; else also read the tars for
             their sha256, the CRC32 of all pictures and their pixels.
         workers: processes; 0 or 1 works in this one.

@@ -22,8 +22,8 @@ def in_processes(function: Callable[[_Task], _Result], tasks: Sequence[_Task], w
     """Yield the result of every task as soon as it is there.
 
     Args:
-        function: what to do with a task; pickled, and so are tasks and results.
-        tasks: what to do it with.
+        function: does one task; pickled, and so are tasks and results.
+        tasks: one call each.
         workers: processes; 0 or 1 works in this one, in the order of the tasks.
 
     Raises:

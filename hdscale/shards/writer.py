@@ -71,7 +71,7 @@ def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) ->
     Args:
         job: what to write.
         workers: processes; 0 or 1 writes in this one.
-        progress: called with the number of samples that have just been finished.
+        progress: called with the number of pictures that have just been written or skipped.
 
     Returns:
         The manifest, as it is on the disk.
@@ -90,10 +90,10 @@ def write_split(job: SplitJob, workers: int, progress: Callable[[int], None]) ->
 
 
 def write_part(job: SplitJob, part: MachineShare, workers: int, progress: Callable[[int], None]) -> None:
-    """Write the shards of one part, or what is missing of them; other machines may write other parts meanwhile.
+    """Write the shards of one machine, or what is missing of them; others may write other parts meanwhile.
 
     Raises:
-        UserError: as `write_split`, or the split was begun in another number of parts.
+        UserError: for what `write_split` raises one, or the split was begun in another number of parts.
     """
     with _explained(job.output):
         if _finished(job) is not None:
@@ -122,7 +122,7 @@ def finish_split(job: SplitJob) -> Manifest:
 
 
 def part_samples(job: SplitJob, part: MachineShare) -> int:
-    """Return how many samples a part deals with."""
+    """Return the number of pictures that one machine has to write."""
     return sum(len(task.names) for task in _tasks(job, part))
 
 
@@ -229,7 +229,7 @@ def _write_shards(tasks: list[_ShardTask], workers: int, progress: Callable[[int
 
 
 def _num_written(task: _ShardTask) -> int | None:
-    """Return how many pictures a finished shard dealt with; None when it is missing or was cut short."""
+    """Return how many pictures a finished shard has, skipped ones among them; None when it is missing or cut short."""
     record = task.record.read()
     if record is None:
         return None
@@ -239,7 +239,7 @@ def _num_written(task: _ShardTask) -> int | None:
 
 
 def _write_shard(task: _ShardTask) -> int:
-    """Write one shard and its record; return the number of pictures that were dealt with."""
+    """Write one shard and its record; return the number of pictures that were written or skipped."""
     records, labels, skipped = [], [], []
     remove_leftovers(task.tar.parent, task.tar.name)
     places = repeat(None, len(task.names)) if task.places is None else task.places

@@ -62,15 +62,15 @@ def test_few_files_stay_open(digits, monkeypatch):
         assert len(digits._descriptors) <= 2
 
 
-def test_announced_pictures_are_named_to_the_kernel_and_missing_shards_passed_over(copied, monkeypatch):
-    shards, announced = open_shards(copied, "train"), []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, *place: announced.append(place))
+def test_prefetched_pictures_are_named_to_the_kernel_and_missing_shards_passed_over(copied, monkeypatch):
+    shards, prefetched = open_shards(copied, "train"), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *place: prefetched.append(place))
     shards.close()
     (copied / shards.manifest.shards[1].name).unlink()
     rows = np.array([7, 150, 201])  # of shards 0, 1 and 2
     shards.prefetch(rows)
     wanted = [(*shards.index[row][["offset", "size"]].tolist(), os.POSIX_FADV_WILLNEED) for row in rows]
-    assert announced == [wanted[0], wanted[2]]
+    assert prefetched == [wanted[0], wanted[2]]
 
 
 def test_a_set_of_shards_survives_pickling_without_carrying_its_index(digits):

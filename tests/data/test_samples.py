@@ -20,7 +20,7 @@ def load(shards, config, ids):
     return load_batch(shards, config, SEED, ids, np.full_like(ids, 2), np.full_like(ids, 6))
 
 
-def test_a_batch_is_announced_before_its_first_picture_is_read(digits, view_config, monkeypatch):
+def test_a_batch_is_prefetched_before_its_first_picture_is_read(digits, view_config, monkeypatch):
     calls = []
     monkeypatch.setattr(type(digits), "prefetch", lambda _, ids: calls.append(ids.tolist()))
     read = type(digits).read

@@ -1,4 +1,4 @@
-"""Which classes are taken, and in which order."""
+"""Which classes are taken, in which order, and what they are called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMED = 5  # missing classes that a message names
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
-    """Read one class name a line; blank lines and # comments are ignored.
+    """Read the file of --only-classes, one class name per line; blank lines and # comments are ignored.
 
     Raises:
         UserError: the file cannot be read, names a class twice, or names none.
@@ -60,7 +60,7 @@ def choose_classes(available: list[str], only: tuple[str, ...] | None, where: st
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Read a file with the name of one class a line, in the order of the labels.
+    """Read the file of --classes, one class name per line, in the order of the labels.
 
     Raises:
         UserError: it cannot be read, or a line is empty or there twice.

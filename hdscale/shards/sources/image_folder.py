@@ -1,4 +1,4 @@
-"""Where pictures come from before they are in shards."""
+"""Pictures in folders, one folder per class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hdscale.shards.sources.stored_picture import Picture, Resize, stored_pictur
 
 
 class ImageFolder:
-    """Folders of pictures, one for each class; folders inside them belong to the class."""
+    """Folders of pictures, one per class; folders inside them belong to the class."""
 
     name = "imagefolder"
 

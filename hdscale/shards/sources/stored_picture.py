@@ -14,7 +14,7 @@ DEFAULT_QUALITY = 90
 
 
 class Picture(NamedTuple):
-    """What a shard stores of one picture."""
+    """What a shard stores of one picture; width and height are in pixels."""
 
     data: bytes
     extension: str  # jpg or png
@@ -40,26 +40,26 @@ def stored_picture(data: bytes, resize: Resize | None = None) -> Picture:
         BadPicture: it cannot be decoded.
     """
     image = open_picture(data)
-    picture = to_rgb(image)  # decodes all of it: a file that is cut short is found here
-    if resize is not None and min(picture.size) > resize.short_side:
-        smaller = _resized(picture, resize.short_side)
+    rgb = to_rgb(image)  # decodes all of it: a file that is cut short is found here
+    if resize is not None and min(rgb.size) > resize.short_side:
+        smaller = _resized(rgb, resize.short_side)
         if image.format in _JPEG_FORMATS:
             return Picture(_encoded(smaller, "JPEG", quality=resize.quality), "jpg", *smaller.size)
         return Picture(png_bytes(smaller), "png", *smaller.size)
     if is_plain(image, data):
-        return Picture(data, "png" if image.format == "PNG" else "jpg", *picture.size)
-    return Picture(png_bytes(picture), "png", *picture.size)
+        return Picture(data, "png" if image.format == "PNG" else "jpg", *rgb.size)
+    return Picture(png_bytes(rgb), "png", *rgb.size)
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode a picture as PNG."""
+    """Encode an image as PNG."""
     return _encoded(image, "PNG")
 
 
-def _resized(picture: Image.Image, short_side: int) -> Image.Image:
-    scale = short_side / min(picture.size)
-    width, height = (max(short_side, round(side * scale)) for side in picture.size)
-    smaller = picture.resize((width, height), Image.Resampling.LANCZOS)
+def _resized(image: Image.Image, short_side: int) -> Image.Image:
+    scale = short_side / min(image.size)
+    width, height = (max(short_side, round(side * scale)) for side in image.size)
+    smaller = image.resize((width, height), Image.Resampling.LANCZOS)
     smaller.info.clear()  # Pillow would write the profile into a PNG
     return smaller
 

@@ -1,4 +1,4 @@
-"""ImageNet-21K as it is distributed: one tar of JPEGs a class, alone or inside one outer tar; nothing is extracted."""
+"""ImageNet-21K as it is distributed: one tar of JPEGs per class, alone or in one outer tar; nothing is extracted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Tar(NamedTuple):
 
 
 class SynsetTars:
-    """A folder of tars, or a tar of tars, one for each class: n01440764.tar holds the pictures of n01440764."""
+    """A folder of tars, or a tar of tars, one per class: n01440764.tar holds the pictures of n01440764."""
 
     name = "synset-tars"
 
