@@ -219,7 +219,7 @@ def test_ranks_show_the_same_substitutes_with_their_masks_and_labels(damaged, vi
 
 
 def test_batch_sizes_that_do_not_divide_are_refused():
-    assert accumulation_steps(96, 16, 3) == 2
+    assert accumulation_steps(96, 16, 3) == RankShare(2, 3, 96, 16).accumulation == 2
     with pytest.raises(UserError, match=r"optim.global_batch_size .* optim.micro_batch_size x ranks .* = 48, got 64"):
         accumulation_steps(64, 16, 3)
 
