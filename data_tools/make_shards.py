@@ -133,8 +133,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         type=Path,
-        help="imagefolder: folder with one folder of pictures per class; synset-tars: folder with one CLASS.tar each, "
-        "or a tar of such tars; csv: file with the columns path and label (class names, or integers 0 .. n - 1)",
+        help="imagefolder: folder with one folder of pictures per class; "
+        "synset-tars: folder with one CLASS.tar per class, or a tar of such tars; "
+        "csv: file with the columns path and label (class names, or integers 0 .. n - 1)",
     )
     parser.add_argument("--root", type=Path, help="csv: folder of relative paths (default: the file's)")
     parser.add_argument("--only-classes", type=Path, help="file with one class per line: only these, labels in order")
