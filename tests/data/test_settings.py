@@ -10,12 +10,12 @@ from hdscale.config.recipe import DataConfig
 from hdscale.data import fingerprint as fingerprint_module
 from hdscale.data.decode import INTERPOLATION, decode_view, decoder_version
 from hdscale.data.fingerprint import view_fingerprint
-from hdscale.data.loader import SequentialLoader, TrainLoader
+from hdscale.data.loader import RankShare, SequentialLoader, TrainLoader
 from hdscale.data.order import build_order
 from hdscale.data.views import view_parameters
 
 SEED = 11
-STEPS = {"global_batch_size": 64, "micro_batch_size": 32, "rank": 0, "world_size": 1}
+SHARE = RankShare(rank=0, world_size=1, global_batch_size=64, micro_batch_size=32)
 START = 1797 // 64 - 1  # so that two epochs meet in what is compared
 
 
@@ -45,9 +45,7 @@ WHICH_SHARDS = {"shards", "split"}  # whoever opens them reads these two; the di
 
 def delivered(shards, config, seed=SEED):
     """Sample ids by place in the stream, and pixels by epoch and sample."""
-    loader = TrainLoader(
-        shards, build_order(shards.index, config, seed), config, seed, start_step=START, num_steps=3, **STEPS
-    )
+    loader = TrainLoader(shards, build_order(shards.index, config, seed), config, seed, SHARE, range(START, START + 3))
     ids, pictures = [], {}
     for batch in loader:
         ids += batch.sample_ids.tolist()
