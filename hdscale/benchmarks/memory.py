@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,13 +21,19 @@ from hdscale.benchmarks.formula_inputs import (
     teacher_gathering_of,
     tokens_of,
 )
-from hdscale.benchmarks.live_bytes import LiveBytes, label_gathers, most_in_buckets
+from hdscale.benchmarks.live_bytes import LiveBytes
 from hdscale.benchmarks.memory_formulas import Tokens
 from hdscale.benchmarks.resident_memory import return_freed_memory
 from hdscale.config.deepspeed import with_zero
 from hdscale.engine.collectives import Operation, watch_collectives
 from hdscale.engine.ranks import distributed
-from hdscale.engine.zero_internals import held_bytes, optimizer_groups, parameter_bytes
+from hdscale.engine.zero_internals import (
+    around_gathers,
+    held_bytes,
+    largest_buckets,
+    optimizer_groups,
+    parameter_bytes,
+)
 from hdscale.training.loop import run_loader, seed_everything, to_device
 from hdscale.training.smoke import generated_session
 
@@ -169,10 +176,10 @@ class _Steps:
         self._collectives.read()
         for micro_step in range(self.trial.accumulation):
             seed_everything(session.run.recipe.run.seed, 0, micro_step, session.ranks.rank)
-            with LiveBytes() as teachers_made, label_gathers(teachers_made):
+            with LiveBytes() as teachers_made, _counting_gathers(teachers_made):
                 images, targets = session.ask_teachers(to_device(next(self._batches), session.ranks))
             parts["teachers"].append(self._collectives.read())
-            with LiveBytes() as made, label_gathers(made), most_in_buckets(engine) as buckets:
+            with LiveBytes() as made, _counting_gathers(made), largest_buckets(engine) as buckets:
                 terms = engine(images, targets)
                 activations = made.now[""]
                 engine.backward(terms.total)
@@ -181,7 +188,7 @@ class _Steps:
                 "activations": activations,
                 "gathered": made.peak["gathered"],
                 "teachers gathered": teachers_made.peak["gathered"],
-                "buckets": buckets.most,
+                "buckets": buckets.num_bytes,
             }
             self._tokens = self._tokens or tokens_of(session, images, targets.keep_indices)
             self.losses.append(terms.total.item())
@@ -266,6 +273,11 @@ class _Steps:
         sent = self.traffic["teachers"].total.sent_bytes
         figures.append(Figure("teachers", sent, formulas.moved_bytes({"all_gather_into_tensor": teachers}, ranks)))
         return figures
+
+
+def _counting_gathers(made: LiveBytes) -> AbstractContextManager[None]:
+    """Count under `gathered` what ZeRO-3 allocates when it fetches a module's parameters, prefetched ones included."""
+    return around_gathers(lambda: made.labelled("gathered"))
 
 
 def _block_bytes(engine: Engine, tokens: Tokens) -> int:

@@ -1,1 +1,1 @@
-"""Ranks, DeepSpeed engines, schedule, checkpoints, metrics and the training loop."""
+"""DeepSpeed, and nothing else: ranks, engines, their state, their collectives."""

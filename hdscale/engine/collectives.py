@@ -17,17 +17,14 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import deepspeed.comm.comm as deepspeed_comm
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
+from hdscale.engine.zero_internals import communication_backend
 
 _COUNTERS = "hdscale_collectives"
 """The attribute of DeepSpeed's backend that holds its counters."""
@@ -113,7 +110,7 @@ def watch_collectives() -> Collectives:
     The methods of DeepSpeed's one backend object are replaced, so that it makes no difference who holds the object.
     A process group that is taken down takes its backend and the counters with it.
     """
-    backend = deepspeed_comm.cdb
+    backend = communication_backend()
     assert backend is not None, "deepspeed.init_distributed comes first"
     collectives = getattr(backend, _COUNTERS, None)
     if collectives is None:

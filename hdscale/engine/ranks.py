@@ -1,4 +1,4 @@
-"""Which process this is, on which device, in which arithmetic. Only `engine/` knows the rank."""
+"""Which process this is, on which device, in which arithmetic."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils.logging import set_log_level_from_string
 
 from hdscale.cluster.arrival import meeting
 from hdscale.cluster.device import quick_check
 from hdscale.cluster.launcher import add_own_tools_to_path
+from hdscale.cluster.rendezvous import Rendezvous
+from hdscale.engine.zero_internals import forget_communication_backend, quiet_deepspeed, unlink_shared_memory
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from hdscale.cluster.rendezvous import Rendezvous
 
 _PR_SET_PDEATHSIG = 1
 
@@ -73,7 +69,7 @@ def distributed() -> Iterator[Ranks]:
         yield _this_process()
         # Not after an exception: the others may be waiting for this rank, and leaving would wait for them.
         dist.destroy_process_group()
-        deepspeed.comm.comm.cdb = None  # its backend is of that group; a later group would be taken for it
+        forget_communication_backend()
 
 
 _hosts: tuple[str | None, ...] = ()
@@ -88,7 +84,7 @@ def _take_device() -> torch.device:
 
 
 def _join(place: Rendezvous, device: torch.device) -> None:
-    set_log_level_from_string("warning")  # a run has its own log; DeepSpeed's repeats its configuration on every rank
+    quiet_deepspeed()
     on_gpu = device.type == "cuda"
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(
@@ -102,17 +98,7 @@ def _join(place: Rendezvous, device: torch.device) -> None:
     )
     deepspeed.init_distributed(backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
     dist.barrier()
-    _unlink_shared_memory(place.rank)
-
-
-def _unlink_shared_memory(rank: int) -> None:
-    """Take back the name of DeepSpeed's buffer for ranks of one host, 67 MB each, which it would leave behind.
-
-    All ranks have opened it; the memory goes with the last of them.
-    """
-    meeting_point = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{meeting_point}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    unlink_shared_memory(place.rank)
 
 
 def _follow_the_launcher() -> None:

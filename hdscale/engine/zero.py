@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from hdscale.engine.ranks import DTYPES
-from hdscale.engine.zero_internals import create_moments, inner_module, release_gathered_weights
+from hdscale.config.recipe import OptimConfig
+from hdscale.engine.ranks import DTYPES, Ranks
+from hdscale.engine.zero_internals import (
+    Engine,
+    create_moments,
+    forget_mesh,
+    inner_module,
+    is_sharded,
+    parse_zero_section,
+    release_gathered_weights,
+)
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from hdscale.config.recipe import OptimConfig
-    from hdscale.engine.ranks import Ranks
-    from hdscale.engine.zero_internals import Engine
-
 
 _TOKEN_PARAMETERS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
@@ -38,7 +37,7 @@ def check_zero_section(path: Path, ds_config: Mapping[str, Any]) -> None:
                 "do not read state from NVMe"
             )
     try:
-        DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+        parse_zero_section(ds_config["zero_optimization"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -118,8 +117,7 @@ def build_teacher_engine(
     engine, *_ = deepspeed.initialize(
         model=teacher, config=config, mpu=_HostMesh(ranks) if sharding == "node" else None
     )
-    # DeepSpeed keeps the last mesh it was given for the whole process: the next engine would take it for its own.
-    deepspeed.utils.groups.mpu = None
+    forget_mesh()
     engine.eval()  # returns None, unlike a module's
     return engine
 
@@ -166,7 +164,7 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     inner = inner_module(module)
     state: dict[str, Tensor] = {name: buffer.detach().cpu() for name, buffer in inner.named_buffers()}
     for name, parameter in inner.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded(parameter)):
             state[name] = parameter.detach().cpu().clone()
     return state
 

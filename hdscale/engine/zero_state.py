@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from deepspeed.utils import (
@@ -13,16 +13,18 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from torch import Tensor
 
-from hdscale.runs.checkpoint import BUFFER, MOMENTS, WEIGHT
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hdscale.engine.zero_internals import Engine
-    from hdscale.runs.checkpoint import Checkpoint
-
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+from hdscale.engine.zero_internals import (
+    Engine,
+    elements_of,
+    is_sharded,
+    moments_by_partition,
+    own_share,
+    read_loss_scaler,
+    write_loss_scaler,
+)
+from hdscale.runs.checkpoint import BUFFER, MOMENTS, WEIGHT, Checkpoint
 
 
 def gather_shard(engine: Engine, rank: int, world_size: int) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def gather_shard(engine: Engine, rank: int, world_size: int) -> dict[str, Tensor
         `KIND/NAME` to float32 on the CPU: each parameter belongs to exactly one rank, balanced by size.
     """
     parameters = dict(engine.module.named_parameters())
-    owners = _owners({name: _numel(parameter) for name, parameter in parameters.items()}, world_size)
+    owners = _owners({name: elements_of(parameter) for name, parameter in parameters.items()}, world_size)
     shard: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for kind in (WEIGHT, *MOMENTS):
@@ -50,12 +52,8 @@ def gather_shard(engine: Engine, rank: int, world_size: int) -> dict[str, Tensor
 
 def optimizer_state(engine: Engine) -> dict[str, Any]:
     """Return the optimizer's step count and the loss scaler, as JSON."""
-    scaler = engine.optimizer.loss_scaler
-    step = next(iter(engine.optimizer.optimizer.state.values()))["step"]
-    return {
-        "optimizer_step": int(step),
-        "scaler": {field: getattr(scaler, field) for field in _SCALER_FIELDS if hasattr(scaler, field)},
-    }
+    step = moments_by_partition(engine)[0]["step"]
+    return {"optimizer_step": int(step), "scaler": read_loss_scaler(engine)}
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -68,14 +66,10 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
         values = checkpoint.tensors(kind)
         for name, parameter in engine.module.named_parameters():
             _set(parameter, kind, values[name].to(engine.device))
-    for flat_state in engine.optimizer.optimizer.state.values():
-        step = checkpoint.state["optimizer_step"]
-        flat_state["step"] = torch.tensor(float(step)) if torch.is_tensor(flat_state["step"]) else step
-    scaler = engine.optimizer.loss_scaler
-    was_dynamic = "cur_hysteresis" in checkpoint.state["scaler"]
-    if was_dynamic == hasattr(scaler, "cur_hysteresis"):  # else the run goes on in another precision
-        for field, value in checkpoint.state["scaler"].items():
-            setattr(scaler, field, value)
+    step = checkpoint.state["optimizer_step"]
+    for moments in moments_by_partition(engine):
+        moments["step"] = torch.tensor(float(step)) if torch.is_tensor(moments["step"]) else step
+    write_loss_scaler(engine, checkpoint.state["scaler"])
     engine.global_steps = checkpoint.step
 
 
@@ -86,13 +80,8 @@ def _full(parameter: Any, kind: str) -> Tensor:
 
 
 def _set(parameter: Any, kind: str, value: Tensor) -> None:
-    if hasattr(parameter, "ds_id"):
-        # The setter of full tensors reads past the end of a parameter that the ranks do not divide evenly.
-        optimizer = parameter._z3_optimizer
-        share = parameter.ds_tensor.numel()
-        rank = optimizer._get_param_partition_rank(parameter)
-        padded = torch.nn.functional.pad(value.flatten(), (0, max(0, share * (rank + 1) - value.numel())))
-        local = padded[share * rank : share * (rank + 1)]
+    if is_sharded(parameter):
+        local = own_share(parameter, value)
         if kind == WEIGHT:
             safe_set_local_fp32_param(parameter, local)
         else:
@@ -101,10 +90,6 @@ def _set(parameter: Any, kind: str, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, kind)
-
-
-def _numel(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
