@@ -5,25 +5,20 @@ Teachers stay outside: inside, ZeRO-3 would partition them with the student and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
 from hdscale.errors import UserError
 from hdscale.losses import feature_loss, relation_loss, token_relation
-from hdscale.student.build import build_student
+from hdscale.student.build import Student, build_student
 from hdscale.student.decoder import TransformerDecoder, build_decoder
 from hdscale.student.heads import build_head, build_layer_heads
-from hdscale.types import LossTerms
+from hdscale.types import LossTerms, Targets, TeacherShapes, ViTOutput
 from hdscale.vit.tokens import other_indices, relation_tokens, take_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
-    from hdscale.student.build import Student
-    from hdscale.types import Targets, ViTOutput
 
 
 class Distiller(nn.Module):
@@ -52,7 +47,7 @@ class Distiller(nn.Module):
             relation: how relations are made and compared.
             loss: weights of Eq. 1.
             cls_in_relation: the teacher's relations have the class token as their first row and column.
-            layer_heads: student width to relation teacher width, one a relation layer, where `relation.target` is
+            layer_heads: student width to relation teacher width, one per relation layer, where `relation.target` is
                 tokens and the widths differ.
             decoder: blocks before the head; None: none.
         """
@@ -149,32 +144,26 @@ def build_distiller(
     *,
     img_size: int,
     seed: int,
-    feature_dim: int | None,
-    relation_heads: int | None,
-    relation_dim: int | None = None,
-    teacher_has_cls: bool,
+    teachers: TeacherShapes,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Distiller:
     """Build student, decoder, head and losses for the teachers there are.
 
     Args:
-        student: the recipe's section, as the next two.
-        relation: see above.
-        loss: see above.
+        student: the recipe's section.
+        relation: the recipe's section.
+        loss: the recipe's section.
         img_size: side of the views in pixels.
         seed: of the initial weights.
-        feature_dim: width of the feature teacher's tokens; None without one.
-        relation_heads: attention heads of the relation teacher; None without one.
-        relation_dim: width of its tokens, where `relation.target` is tokens.
-        teacher_has_cls: whether the relation teacher has a class token.
-        checkpoint_fn: see `ViTEncoder`.
+        teachers: what the student has to fit.
+        checkpoint_fn: of `build_student`.
 
     Raises:
         UserError: no teacher at all, or head counts or widths that do not fit.
     """
-    if feature_dim is None and relation_heads is None:
+    if teachers.feature_dim is None and teachers.relation_heads is None:
         raise UserError("feature_teacher and relation_teacher are both null: a student needs at least one of them")
-    layers = relation.layers if relation_heads is not None else ()
+    layers = relation.layers if teachers.relation_heads is not None else ()
     model = build_student(
         student,
         img_size,
@@ -183,16 +172,16 @@ def build_distiller(
         layer_output=relation.target,
         checkpoint_fn=checkpoint_fn,
     )
-    if relation_heads is not None:
-        check_heads(relation, student_heads=model.num_heads, teacher_heads=relation_heads)
+    if teachers.relation_heads is not None:
+        check_heads(relation, student_heads=model.num_heads, teacher_heads=teachers.relation_heads)
     head = decoder = None
-    if feature_dim is not None:
+    if teachers.feature_dim is not None:
         decoder = build_decoder(student, model, seed=seed)
         width = model.embed_dim if decoder is None else decoder.decoder_dim
-        head = build_head(student, width, feature_dim, seed=seed)
-    include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teacher_has_cls)
+        head = build_head(student, width, teachers.feature_dim, seed=seed)
+    include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teachers.teacher_has_cls)
     layer_heads = None
-    if relation_heads is not None and relation.target != "relation":
-        assert relation_dim is not None, "token targets have a width"
-        layer_heads = build_layer_heads(len(layers), model.embed_dim, relation_dim, seed=seed)
+    if teachers.relation_heads is not None and relation.target != "relation":
+        assert teachers.relation_dim is not None, "token targets have a width"
+        layer_heads = build_layer_heads(len(layers), model.embed_dim, teachers.relation_dim, seed=seed)
     return Distiller(model, head, relation, loss, cls_in_relation=include, layer_heads=layer_heads, decoder=decoder)

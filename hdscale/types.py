@@ -59,6 +59,15 @@ class Targets(NamedTuple):
     them; empty without that teacher."""
 
 
+class TeacherShapes(NamedTuple):
+    """What a student has to fit of its teachers."""
+
+    feature_dim: int | None = None  # T, width of the feature teacher's tokens; None without one
+    relation_heads: int | None = None  # A, attention heads of the relation teacher; None without one
+    relation_dim: int | None = None  # width of its tokens, where `relation.target` is tokens
+    teacher_has_cls: bool = False  # whether it has a class token
+
+
 class LossTerms(NamedTuple):
     """Scalars of one micro-step, on the device; `total` is the only one to call backward on."""
 

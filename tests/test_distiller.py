@@ -6,7 +6,7 @@ from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller, check_heads, relations_include_cls
 from hdscale.errors import UserError
 from hdscale.student.load import load_decoder, load_student
-from hdscale.types import Targets
+from hdscale.types import Targets, TeacherShapes
 
 STUDENT = StudentConfig(
     model="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2.0, drop_path=0.0
@@ -35,10 +35,12 @@ def make(
         loss or LossConfig(),
         img_size=32,
         seed=1,
-        feature_dim=feature_dim,
-        relation_heads=relation_heads,
-        relation_dim=relation_dim,
-        teacher_has_cls=teacher_has_cls,
+        teachers=TeacherShapes(
+            feature_dim=feature_dim,
+            relation_heads=relation_heads,
+            relation_dim=relation_dim,
+            teacher_has_cls=teacher_has_cls,
+        ),
     )
 
 

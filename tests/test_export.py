@@ -11,6 +11,7 @@ from hdscale.pretraining import MaskedAutoencoder
 from hdscale.student.build import build_student
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.files import load_teacher_file
+from hdscale.types import TeacherShapes
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
 STUDENTS = {
@@ -32,9 +33,7 @@ def trained(config, images):
         LossConfig(),
         img_size=32,
         seed=0,
-        feature_dim=24,
-        relation_heads=4,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=24, relation_heads=4, teacher_has_cls=True),
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.masking.progressive import keep_least_redundant
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch
+from hdscale.types import Batch, TeacherShapes
 from hdscale.vit.encoder import ViTEncoder
 
 LOSS_SCALE = 2.0**16  # where engines start
@@ -143,10 +143,7 @@ def step(world, how, *overrides):
         recipe.loss,
         img_size=32,
         seed=0,
-        feature_dim=48,
-        relation_heads=3,
-        relation_dim=48,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, relation_dim=48, teacher_has_cls=True),
     )
     pair = TeacherPair(
         cast(feature, how)[0],

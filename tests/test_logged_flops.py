@@ -40,9 +40,7 @@ def logged_and_counted(student, feature, relation):
         recipe.loss,
         img_size=GRID * 16,
         seed=0,
-        feature_dim=teachers.feature.target_dim,
-        relation_heads=teachers.relation.num_heads,
-        teacher_has_cls=teachers.relation.has_cls,
+        teachers=teachers.shapes(),
     )
     pair = TeacherPair(
         teachers.feature,

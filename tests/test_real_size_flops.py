@@ -42,9 +42,7 @@ def step():
                 recipe.loss,
                 img_size=224,
                 seed=0,
-                feature_dim=teachers.feature.target_dim,
-                relation_heads=teachers.relation.num_heads,
-                teacher_has_cls=True,
+                teachers=teachers.shapes(),
             )
             distiller.student.encoder.checkpoint_every = 0
     pair = TeacherPair(

@@ -9,7 +9,7 @@ from hdscale.flops import DecoderSizes, HeadSizes, ViTSizes, count_flops, hybrid
 from hdscale.masking.progressive import patches_by_block
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch
+from hdscale.types import Batch, TeacherShapes
 
 TINY = ViTSizes(depth=12, embed_dim=192, num_patches=16, patch_size=16)
 BATCH, GRID = 2, 4
@@ -35,10 +35,12 @@ def real_step(mask, loss=LossConfig(), relation=None, relation_name="vit_tiny_pa
         loss,
         img_size=GRID * 16,
         seed=0,
-        feature_dim=192,
-        relation_heads=relation_teacher.num_heads,
-        relation_dim=relation_teacher.embed_dim,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(
+            feature_dim=192,
+            relation_heads=relation_teacher.num_heads,
+            relation_dim=relation_teacher.embed_dim,
+            teacher_has_cls=True,
+        ),
     )
     pair = TeacherPair(
         feature_teacher,

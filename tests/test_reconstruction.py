@@ -9,7 +9,7 @@ from hdscale.distiller import build_distiller
 from hdscale.losses import token_relation
 from hdscale.student.load import load_student
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch, Targets, ViTOutput
+from hdscale.types import Batch, Targets, TeacherShapes, ViTOutput
 from hdscale.vit.tokens import other_indices
 
 SIZES = {"model": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
@@ -37,9 +37,7 @@ def make(mask_tokens, decoder, features_on, **changes):
         LossConfig(features_on=features_on),
         img_size=32,
         seed=1,
-        feature_dim=20,
-        relation_heads=4,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=20, relation_heads=4, teacher_has_cls=True),
     )
 
 

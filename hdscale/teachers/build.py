@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hdscale.config.recipe import masks_are_online
+from hdscale.config.recipe import MaskConfig, Recipe, TeacherConfig, masks_are_online
 from hdscale.errors import UserError
 from hdscale.masking.progressive import keep_share, stage_layers
 from hdscale.teachers.load import load_source
 from hdscale.teachers.weights import weights_digest
-from hdscale.vit.build import img_size, num_heads, patch_size, weight_dtype
-from hdscale.vit.encoder import ViTEncoder
+from hdscale.types import TeacherShapes, ViTOutput
+from hdscale.vit.build import ViT, img_size, num_heads, patch_size, weight_dtype
+from hdscale.vit.encoder import LayerOutput, ViTEncoder
 from hdscale.vit.preprocess import Preprocess
 from hdscale.vit.rel_pos import resize_rel_pos_bias
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from hdscale.config.recipe import MaskConfig, Recipe, TeacherConfig
-    from hdscale.types import ViTOutput
-    from hdscale.vit.build import ViT
-    from hdscale.vit.encoder import LayerOutput
 
 
 class FrozenTeacher(nn.Module):
@@ -165,6 +157,15 @@ class Teachers(NamedTuple):
     def named(self) -> dict[str, FrozenTeacher]:
         """Return the teachers there are, by recipe section."""
         return {name: teacher for name, teacher in zip(TEACHER_SECTIONS, self, strict=True) if teacher is not None}
+
+    def shapes(self) -> TeacherShapes:
+        """Return what a student has to fit."""
+        return TeacherShapes(
+            feature_dim=None if self.feature is None else self.feature.target_dim,
+            relation_heads=None if self.relation is None else self.relation.num_heads,
+            relation_dim=None if self.relation is None else self.relation.embed_dim,
+            teacher_has_cls=self.relation is not None and self.relation.has_cls,
+        )
 
 
 def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:

@@ -92,10 +92,7 @@ def build_models(
         recipe.loss,
         img_size=recipe.data.img_size,
         seed=recipe.run.seed,
-        feature_dim=None if teachers.feature is None else teachers.feature.target_dim,
-        relation_heads=None if teachers.relation is None else teachers.relation.num_heads,
-        relation_dim=None if teachers.relation is None else teachers.relation.embed_dim,
-        teacher_has_cls=teachers.relation is not None and teachers.relation.has_cls,
+        teachers=teachers.shapes(),
         checkpoint_fn=checkpoint_function(run.ds_config),
     )
     flops = step_flops_per_image(recipe, distiller, teachers)

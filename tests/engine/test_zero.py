@@ -9,6 +9,7 @@ from hdscale.engine.ranks import resolve_precision
 from hdscale.engine.zero import parameter_groups, student_ds_config
 from hdscale.engine.zero_state import _owners
 from hdscale.errors import UserError
+from hdscale.types import TeacherShapes
 
 BLOCK_WITHOUT_DECAY = (
     "norm1.weight",
@@ -32,9 +33,7 @@ def distiller(world):
         recipe.loss,
         img_size=32,
         seed=0,
-        feature_dim=48,
-        relation_heads=3,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
     )
 
 

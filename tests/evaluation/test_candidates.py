@@ -8,6 +8,7 @@ from hdscale.evaluation.candidates import summary_subjects
 from hdscale.runs.trained import TrainedRun
 from hdscale.student.build import build_student
 from hdscale.teachers.files import save_teacher_file
+from hdscale.types import TeacherShapes
 
 STUDENT = StudentConfig(model="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=3, num_heads=4, drop_path=0.0)
 ARCH = {
@@ -44,9 +45,7 @@ def teacher_names(tmp_path):
                 recipe.loss,
                 img_size=32,
                 seed=0,
-                feature_dim=None,
-                relation_heads=4,
-                teacher_has_cls=True,
+                teachers=TeacherShapes(relation_heads=4, teacher_has_cls=True),
             )
             runs.append(TrainedRun(Path(f"run-{number}"), recipe, distiller.state_dict(), 1, None))
         return [candidate.name for candidate in summary_subjects(runs) if candidate.role == "teacher"]

@@ -19,6 +19,7 @@ from hdscale.distiller import build_distiller
 from hdscale.pretraining import SupervisedClassifier
 from hdscale.runs.checkpoint import save_checkpoint
 from hdscale.student.build import build_student
+from hdscale.types import TeacherShapes
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT = {
@@ -101,9 +102,9 @@ def world(tmp_path_factory, process_group):
             made.loss,
             img_size=32,
             seed=3,
-            feature_dim=32,
-            relation_heads=None if name == "feature_only" else 4,
-            teacher_has_cls=True,
+            teachers=TeacherShapes(
+                feature_dim=32, relation_heads=None if name == "feature_only" else 4, teacher_has_cls=True
+            ),
         )
         write_run(root / "runs" / name, made, distiller)
     return root

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from hdscale.config.recipe import MaskConfig, TeacherConfig
 from hdscale.errors import UserError
-from hdscale.teachers.build import build_teacher, mask_stages
+from hdscale.teachers.build import Teachers, build_teacher, mask_stages
 from hdscale.teachers.weights import weights_digest
 
 KEEP = torch.tensor([[0, 3, 5], [1, 2, 9], [4, 5, 6], [7, 8, 15], [0, 1, 2], [3, 4, 5]])
@@ -118,3 +118,11 @@ def test_mask_stages_are_thirds_of_the_depth_or_the_last_block():
     assert mask_stages(MaskConfig(strategy="random"), 24) == ((), "output")
     with pytest.raises(UserError, match=r"mask\.layers"):
         mask_stages(MaskConfig(layers=(0, 30)), 24)
+
+
+def test_a_student_has_to_fit_the_teachers_there_are_and_no_others(tiny_config):
+    teacher = build_teacher(tiny_config)
+    assert Teachers(teacher, None).shapes() == (48, None, None, False)
+    assert Teachers(None, teacher).shapes() == (None, 3, 48, True)
+    without_cls = build_teacher(TeacherConfig(name="vit_medium_patch16_gap_240", weights="random"))
+    assert Teachers(teacher, without_cls).shapes() == (48, without_cls.num_heads, without_cls.embed_dim, False)

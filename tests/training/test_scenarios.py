@@ -23,7 +23,7 @@ from hdscale.runs.checkpoint import newest_checkpoint
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import online_keep_indices
 from hdscale.teachers.weights import weights_digest
-from hdscale.types import Targets
+from hdscale.types import Targets, TeacherShapes
 
 STEPS, BATCH, STOP = 20, 16, 4
 BAD = [3, 30]
@@ -94,9 +94,7 @@ def plain_curve(world, recipe, teachers):
         recipe.loss,
         img_size=32,
         seed=recipe.run.seed,
-        feature_dim=48,
-        relation_heads=3,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
     )
     named = dict(distiller.named_parameters())
     undecayed = {name for name in named if name.endswith(("bias", "cls_token")) or "norm" in name}
@@ -310,9 +308,7 @@ def test_checkpoints_hold_student_and_head_and_nothing_else(name, world, recipe,
         recipe.loss,
         img_size=32,
         seed=0,
-        feature_dim=48,
-        relation_heads=3,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
     )
     shapes = {name: parameter.shape for name, parameter in distiller.named_parameters()}
     wanted = {f"{kind}/{name}": shape for kind in ("weight", "exp_avg", "exp_avg_sq") for name, shape in shapes.items()}

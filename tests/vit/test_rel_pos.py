@@ -15,7 +15,7 @@ from hdscale.export import export_student, loading_code
 from hdscale.student.build import build_student
 from hdscale.student.load import load_student
 from hdscale.teachers.build import build_teacher
-from hdscale.types import Batch, Targets
+from hdscale.types import Batch, Targets, TeacherShapes
 from hdscale.vit.rel_pos import SharedRelPosBias
 
 SIZES = {"model": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -103,9 +103,7 @@ def test_every_parameter_gets_a_gradient_and_recomputing_changes_none(keep, imag
                 LossConfig(),
                 img_size=32,
                 seed=0,
-                feature_dim=20,
-                relation_heads=4,
-                teacher_has_cls=True,
+                teachers=TeacherShapes(feature_dim=20, relation_heads=4, teacher_has_cls=True),
             )
         )
         count = 16 if keep is None else 4
