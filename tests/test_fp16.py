@@ -19,7 +19,7 @@ from hdscale.masking.progressive import keep_least_redundant
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch, TeacherShapes
-from hdscale.vit.encoder import ViTEncoder
+from hdscale.vit.encoder import Outputs, ViTEncoder
 
 LOSS_SCALE = 2.0**16  # where engines start
 LITERAL = ("relation.scale=raw", "relation.heads=merged")
@@ -192,7 +192,7 @@ def test_a_step_in_float16_has_losses_in_float32_and_finite_gradients(how, name,
 
 def test_queries_and_keys_with_norm_and_rotation_stay_close_in_float16():
     model = timm.create_model("eva02_tiny_patch14_224", pretrained=False, img_size=56, depth=2).eval()
-    encoder = ViTEncoder(model, relation_layers=(0, 1))
+    encoder = ViTEncoder(model, Outputs(relation_layers=(0, 1)))
     images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[0, 3, 7, 12], [1, 2, 9, 15]])
     with torch.no_grad():

@@ -14,6 +14,7 @@ from hdscale.flops import ViTSizes, count_flops, hybrid_step_flops, student_step
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch, Targets
+from hdscale.vit.encoder import Recompute
 
 RECIPE = Path(__file__).resolve().parents[1] / "launch/recipes/vit_l_in21k.yaml"
 KEPT, PATCHES = 66, 196
@@ -44,7 +45,7 @@ def step():
                 seed=0,
                 teachers=teachers.shapes(),
             )
-            distiller.student.encoder.checkpoint_every = 0
+            distiller.student.encoder.recompute = Recompute(every=0)
     pair = TeacherPair(
         teachers.feature,
         teachers.relation,

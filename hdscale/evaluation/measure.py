@@ -8,7 +8,7 @@ from hdscale.analysis.curves import AttentionCurves, attention_curves
 from hdscale.evaluation.knn import Features, extract_features, knn_accuracy, pooled, raw_pixels
 from hdscale.progress import Progress
 from hdscale.vit.build import weight_dtype
-from hdscale.vit.encoder import ViTEncoder
+from hdscale.vit.encoder import Outputs, ViTEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def measure_attention(
         return None
     model.to(device).eval()
     # Around the same blocks: features need no Q and K, attention needs no final norm.
-    encoder = ViTEncoder(model.encoder.model, relation_layers=range(model.depth), final=None, tokens="full").eval()
+    encoder = ViTEncoder(model.encoder.model, Outputs(range(model.depth), final=None), tokens="full").eval()
 
     def encode(images: Tensor) -> ViTOutput:
         return encoder(model.preprocess(images.to(device), weight_dtype(encoder.model)))

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
 from timm.layers.layer_scale import LayerScale
-from torch import nn
+from torch import Tensor, nn
 
+from hdscale.config.recipe import StudentConfig
 from hdscale.errors import UserError
+from hdscale.types import ViTOutput
 from hdscale.vit.build import create_vit, num_heads, patch_size, weight_dtype
-from hdscale.vit.encoder import ViTEncoder
+from hdscale.vit.encoder import LayerOutput, Outputs, Recompute, ViTEncoder
 from hdscale.vit.position import sincos_position_embedding
 from hdscale.vit.preprocess import Preprocess
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from hdscale.config.recipe import StudentConfig
-    from hdscale.types import ViTOutput
-    from hdscale.vit.encoder import LayerOutput
 
 STATE_PREFIX = "encoder.model."
 """What timm's parameter names are prefixed with in a student's state dict."""
@@ -72,9 +66,9 @@ def build_student(
         img_size: side of the views in pixels.
         seed: of the weights; the caller's random state is left alone.
         relation_layers: blocks that give `layer_output`, 0-indexed, negative from the end.
-        layer_output: see `ViTEncoder`; the recipe's `relation.target`.
+        layer_output: of `hdscale.vit.encoder.Outputs`; the recipe's `relation.target`.
         checkpoint_every: recompute every n-th block in the backward pass; left out: the section's.
-        checkpoint_fn: see `ViTEncoder`.
+        checkpoint_fn: `f(function, *tensors)`, which recomputes; left out: torch's, non-reentrant.
 
     Raises:
         UserError: no such model, or sizes that do not fit each other.
@@ -92,14 +86,11 @@ def build_student(
         mask_token = nn.Parameter(
             0.02 * torch.randn(1, 1, model.embed_dim, generator=torch.Generator().manual_seed(seed))
         )
-    encoder = ViTEncoder(
-        model,
-        relation_layers=relation_layers,
-        layer_output=layer_output,
-        checkpoint_every=config.checkpoint_every if checkpoint_every is None else checkpoint_every,
-        checkpoint_fn=checkpoint_fn,
-        mask_token=mask_token,
-    )
+    recompute = Recompute(config.checkpoint_every if checkpoint_every is None else checkpoint_every)
+    if checkpoint_fn is not None:
+        recompute = recompute._replace(function=checkpoint_fn)
+    outputs = Outputs(relation_layers, layer_output)
+    encoder = ViTEncoder(model, outputs, recompute=recompute, mask_token=mask_token)
     return Student(encoder, Preprocess(img_size, config.mean, config.std))
 
 

@@ -16,7 +16,7 @@ from hdscale.teachers.load import load_source
 from hdscale.teachers.weights import weights_digest
 from hdscale.types import TeacherShapes, ViTOutput
 from hdscale.vit.build import ViT, img_size, num_heads, patch_size, weight_dtype
-from hdscale.vit.encoder import LayerOutput, ViTEncoder
+from hdscale.vit.encoder import LayerOutput, Outputs, ViTEncoder
 from hdscale.vit.preprocess import Preprocess
 from hdscale.vit.rel_pos import resize_rel_pos_bias
 
@@ -41,7 +41,7 @@ class FrozenTeacher(nn.Module):
         self.depth = depth
         self.digest = digest
         self.embed_dim = int(model.embed_dim)
-        self.target_dim = int(model.num_classes) if encoder.final == "projected" else self.embed_dim
+        self.target_dim = int(model.num_classes) if encoder.outputs.final == "projected" else self.embed_dim
         self.num_heads = num_heads
         self.num_prefix_tokens = int(model.num_prefix_tokens)
         self.has_cls = model.cls_token is not None
@@ -84,7 +84,7 @@ def build_teacher(
             None: both, nothing pruned.
         grid_size: the student's; None: the teacher's own at `config.img_size` or its native input size.
         relation_layers: blocks that give `layer_output`, 0-indexed, negative from the end.
-        layer_output: see `ViTEncoder`; the recipe's `relation.target`.
+        layer_output: of `hdscale.vit.encoder.Outputs`; the recipe's `relation.target`.
         mask: the recipe's section, to get the tokens by which the mask's strategy chooses; None: no such tokens.
         field: the section's name, for messages.
 
@@ -97,11 +97,7 @@ def build_teacher(
     stages = MaskStages((), "output") if mask is None else mask_stages(mask, depth)
     encoder = ViTEncoder(
         model,
-        relation_layers=relation_layers,
-        layer_output=layer_output,
-        stage_layers=stages.layers,
-        stage_at=stages.at,
-        final=None if role == "relation" else config.target,
+        Outputs(relation_layers, layer_output, *stages, final=None if role == "relation" else config.target),
         tokens="full",
         prune=role is not None,
         drop=partial(keep_share, keep_ratio=mask.stage_keep_ratio) if mask and mask.in_teacher == "drop" else None,

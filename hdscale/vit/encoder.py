@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
@@ -13,21 +14,40 @@ from torch.utils.checkpoint import checkpoint
 
 from hdscale.errors import UserError
 from hdscale.types import ViTOutput
+from hdscale.vit.build import ViT
 from hdscale.vit.pruning import KeptQueryBlock, prune_after, split_last_block
 from hdscale.vit.rotary import as_attended, as_rotation, rotation_of, take_rotation
 from hdscale.vit.tokens import take_rows, token_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from hdscale.vit.build import ViT
 
 Final = Literal["norm", "pre_norm", "projected"]
 LayerOutput = Literal["relation", "attention", "features"]
 
 # Without the check that both passes save tensors of the same shapes: ZeRO-3 may have a parameter gathered in one and
 # emptied in the other pass. Results are equal all the same: random states are kept and the same modules run.
-recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
+recompute_by_torch: Callable[..., Any] = partial(checkpoint, use_reentrant=False, determinism_check="none")
+
+
+class Outputs(NamedTuple):
+    """What a `ViTEncoder` gives; blocks are 0-indexed, negative from the end."""
+
+    relation_layers: Sequence[int] = ()
+    """Blocks that give `layer_output`, in this order."""
+    layer_output: LayerOutput = "relation"
+    """`relation`: Q and K; `attention`: the attention's output, before it is added to the tokens; `features`: the
+    block's output."""
+    stage_layers: Sequence[int] = ()
+    """Blocks whose patch tokens are given, in this order."""
+    stage_at: Literal["output", "input"] = "output"
+    """Give those at the blocks' output or at their input."""
+    final: Final | None = "norm"
+    """The last block's patch tokens after the final norm, before it, or after norm and head; None: not at all."""
+
+
+class Recompute(NamedTuple):
+    """Activation checkpointing: which blocks run again in the backward pass of training."""
+
+    every: int = 0  # every n-th block; 0: none
+    function: Callable[..., Any] = recompute_by_torch  # `f(function, *tensors)`
 
 
 class _Carried(NamedTuple):
@@ -47,34 +67,23 @@ class ViTEncoder(nn.Module):
     def __init__(
         self,
         model: ViT,
+        outputs: Outputs = Outputs(),  # noqa: B008 - immutable
         *,
-        relation_layers: Sequence[int] = (),
-        layer_output: LayerOutput = "relation",
-        stage_layers: Sequence[int] = (),
-        stage_at: Literal["output", "input"] = "output",
-        final: Final | None = "norm",
         tokens: Literal["kept", "full"] = "kept",
-        checkpoint_every: int = 0,
         prune: bool = False,
-        checkpoint_fn: Callable[..., Any] | None = None,
+        recompute: Recompute = Recompute(),  # noqa: B008 - immutable
         drop: Callable[[Tensor], Tensor] | None = None,
         mask_token: nn.Parameter | None = None,
     ) -> None:
         """Wrap a model and, to prune it, change it.
 
         Args:
-            model: its head stays only where `final` is projected, if pruned.
-            relation_layers: 0-indexed blocks, negative from the end, which give `layer_output` in this order.
-            layer_output: `relation`: Q and K; `attention`: the attention's output, before it is added to the tokens;
-                `features`: the block's output.
-            stage_layers: 0-indexed blocks, negative from the end, whose patch tokens are given in this order.
-            stage_at: give those at the blocks' output or at their input.
-            final: last block's patch tokens after the final norm, before it, or after norm and head; None: not at all.
+            model: if pruned, its head stays only where `outputs.final` is projected.
+            outputs: what to give; as the encoder's attribute, its layers are counted from 0.
             tokens: what `keep_indices` does. `kept` (students): drop the other patches before the first block. `full`
                 (teachers): all patches go through, and Q, K and final tokens of the kept ones come out.
-            checkpoint_every: recompute every n-th block in the backward pass of training; 0: none.
             prune: delete what these arguments leave unused (frozen models only: parameters are split and copied).
-            checkpoint_fn: `f(function, *tensors)`, which recomputes; left out: torch's, non-reentrant.
+            recompute: activation checkpointing.
             drop: takes the patch tokens (B, N', T) of a stage layer and returns which of them stay, (B, K') int64
                 ascending; the others go no further (PCAE). Everything that is given is then of the patches that stay
                 to the end, and `keep_indices` names them.
@@ -86,19 +95,17 @@ class ViTEncoder(nn.Module):
         """
         super().__init__()
         depth = len(model.blocks)
-        self.relation_layers = resolve_layers(relation_layers, depth, "relation.layers")
-        self.stage_layers = resolve_layers(stage_layers, depth, "mask.layers")
-        self.stage_at = stage_at
-        self.final: Final | None = final
+        self.outputs = outputs._replace(
+            relation_layers=resolve_layers(outputs.relation_layers, depth, "relation.layers"),
+            stage_layers=resolve_layers(outputs.stage_layers, depth, "mask.layers"),
+        )
         self.tokens = tokens
-        self.checkpoint_every = checkpoint_every
-        self.checkpoint_fn = checkpoint_fn or recompute
-        self.layer_output: LayerOutput = layer_output
+        self.recompute = recompute
         self.drop = drop
         self.mask_token = mask_token
         self.num_prefix_tokens = int(model.num_prefix_tokens)
-        if layer_output == "relation":
-            for layer in self.relation_layers:
+        if outputs.layer_output == "relation":
+            for layer in self.outputs.relation_layers:
                 _check_attention(model.blocks[layer])
         self.model = model
         if prune:
@@ -117,40 +124,41 @@ class ViTEncoder(nn.Module):
             that no stage before has dropped.
         """
         assert self.drop is None or keep_indices is None, "a model that drops patches chooses them itself"
+        wanted = self.outputs
         x, rotation = self._embed(images, keep_indices)
         rows = None if keep_indices is None else token_rows(keep_indices, self.num_prefix_tokens)
         seen = None  # rows of the tokens that go through the blocks; None: all
         if rows is not None and keep_indices is not None and self.tokens == "kept" and self.mask_token is None:
             x, seen, rows, rotation = take_rows(x, rows), rows, None, take_rotation(rotation, keep_indices)
-        along = _Carried(rotation, self._bias(seen, x), None if self.drop is None else self._all_patches(x))
+        carried = _Carried(rotation, self._bias(seen, x), None if self.drop is None else self._all_patches(x))
         x = self.model.norm_pre(x)
         taken: dict[int, tuple[list[Tensor], Tensor | None]] = {}
         stages: dict[int, Tensor] = {}
         for index, block in enumerate(self.model.blocks):
-            if self.stage_at == "input" and index in self.stage_layers:
+            if wanted.stage_at == "input" and index in wanted.stage_layers:
                 stages[index] = x
-                x, along = self._dropped(x, along)
-            x, *here = self._run_block(index, block, x, rows, along)
+                x, carried = self._dropped(x, carried)
+            x, *here = self._run_block(index, block, x, rows, carried)
             if here:
-                taken[index] = here, along.kept
-            if self.stage_at == "output" and index in self.stage_layers:
+                taken[index] = here, carried.kept
+            if wanted.stage_at == "output" and index in wanted.stage_layers:
                 stages[index] = x
-                x, along = self._dropped(x, along)
-        if self.stage_at == "input" and len(self.model.blocks) in self.stage_layers:  # pruned just before a stage
+                x, carried = self._dropped(x, carried)
+        if wanted.stage_at == "input" and len(self.model.blocks) in wanted.stage_layers:  # pruned just before a stage
             stages[len(self.model.blocks)] = x
-            x, along = self._dropped(x, along)
-        layers = [self._cut_to_kept(*taken[layer], along.kept) for layer in self.relation_layers]
-        with_qk = self.layer_output == "relation"
+            x, carried = self._dropped(x, carried)
+        layers = [self._cut_to_kept(*taken[layer], carried.kept) for layer in wanted.relation_layers]
+        with_qk = wanted.layer_output == "relation"
         prefix, patches = self._finish(x, rows if self.mask_token is None else None)
         return ViTOutput(
             patch_tokens=patches,
             queries=tuple(query for query, _ in layers) if with_qk else (),
             keys=tuple(key for _, key in layers) if with_qk else (),
-            stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in self.stage_layers),
+            stage_tokens=tuple(stages[layer][:, self.num_prefix_tokens :] for layer in wanted.stage_layers),
             layer_tokens=() if with_qk else tuple(tokens for (tokens,) in layers),
-            keep_indices=along.kept,
+            keep_indices=carried.kept,
             prefix_tokens=prefix,
-            attention_bias=along.bias,
+            attention_bias=carried.bias,
         )
 
     @property
@@ -179,15 +187,15 @@ class ViTEncoder(nn.Module):
     def _all_patches(self, x: Tensor) -> Tensor:
         return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
 
-    def _dropped(self, x: Tensor, along: _Carried) -> tuple[Tensor, _Carried]:
+    def _dropped(self, x: Tensor, carried: _Carried) -> tuple[Tensor, _Carried]:
         """Drop patches at a stage, if the model does: tokens (B, P + K', T) and what goes along with them."""
-        if self.drop is None or along.kept is None:
-            return x, along
+        if self.drop is None or carried.kept is None:
+            return x, carried
         staying = self.drop(x[:, self.num_prefix_tokens :])
         x = take_rows(x, token_rows(staying, self.num_prefix_tokens))
-        kept = along.kept.gather(1, staying)
+        kept = carried.kept.gather(1, staying)
         bias = self._bias(token_rows(kept, self.num_prefix_tokens), x)
-        return x, _Carried(take_rotation(along.rotation, staying), bias, kept)
+        return x, _Carried(take_rotation(carried.rotation, staying), bias, kept)
 
     def _cut_to_kept(self, tensors: Sequence[Tensor], there: Tensor | None, kept: Tensor | None) -> Sequence[Tensor]:
         """Cut what a relation layer gave of the patches `there` (B, N') down to those kept in the end (B, K)."""
@@ -197,51 +205,52 @@ class ViTEncoder(nn.Module):
         return [take_rows(tensor, rows) for tensor in tensors]
 
     def _run_block(
-        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, along: _Carried
+        self, index: int, block: nn.Module, x: Tensor, rows: Tensor | None, carried: _Carried
     ) -> tuple[Tensor, ...]:
         """Return the block's tokens and, for a relation layer, its output of the wanted rows."""
-        function = partial(_LAYER_RUNNERS[self.layer_output], block) if index in self.relation_layers else block
-        if along.rotation is not None:
-            function = partial(function, rope=rotation_of(along.rotation, index))
+        wanted, every = self.outputs, self.recompute.every
+        function = partial(_LAYER_RUNNERS[wanted.layer_output], block) if index in wanted.relation_layers else block
+        if carried.rotation is not None:
+            function = partial(function, rope=rotation_of(carried.rotation, index))
         if isinstance(block, KeptQueryBlock):
-            x, *taken = _as_tuple(function(x, rows, along.bias))
+            x, *taken = _as_tuple(function(x, rows, carried.bias))
             if len(taken) == 2 and rows is not None:
                 taken[1] = take_rows(taken[1], rows)  # keys: everything else is of the wanted rows already
             return x, *taken
-        inputs = (x,) if along.bias is None else (x, along.bias)
-        every = self.checkpoint_every
+        inputs = (x,) if carried.bias is None else (x, carried.bias)
         if every and self.training and torch.is_grad_enabled() and (index + 1) % every == 0:
-            x, *taken = _as_tuple(self.checkpoint_fn(function, *inputs))
+            x, *taken = _as_tuple(self.recompute.function(function, *inputs))
         else:
             x, *taken = _as_tuple(function(*inputs))
         return x, *(tensor if rows is None else take_rows(tensor, rows) for tensor in taken)
 
     def _finish(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Turn the last block's tokens into prefix tokens (B, P, D) and patch tokens (B, N or K, T)."""
-        if self.final is None:
+        final = self.outputs.final
+        if final is None:
             return None, None
         if rows is not None and not isinstance(self.model.blocks[-1], KeptQueryBlock):
             x = take_rows(x, rows)
-        if self.final != "pre_norm":
+        if final != "pre_norm":
             x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        return prefix, self.model.head(patches) if self.final == "projected" else patches
+        return prefix, self.model.head(patches) if final == "projected" else patches
 
     def _prune(self) -> None:
-        model, depth = self.model, len(self.model.blocks)
-        offset = 1 if self.stage_at == "output" else 0
+        model, depth, wanted = self.model, len(self.model.blocks), self.outputs
+        stage_ends = [layer + (wanted.stage_at == "output") for layer in wanted.stage_layers]
         model.attn_pool = None
-        if self.final != "projected":
+        if wanted.final != "projected":
             model.head = nn.Identity()
-        if self.final is None:
-            with_qk = self.layer_output == "relation"
-            relation_ends = self.relation_layers if with_qk else [layer + 1 for layer in self.relation_layers]
-            num_whole = max([*relation_ends, *(layer + offset for layer in self.stage_layers)], default=0)
-            prune_after(model, num_whole, query_key_next=with_qk and num_whole in self.relation_layers)
+        if wanted.final is None:
+            with_qk = wanted.layer_output == "relation"
+            relation_ends = [layer + (not with_qk) for layer in wanted.relation_layers]
+            num_whole = max([*relation_ends, *stage_ends], default=0)
+            prune_after(model, num_whole, query_key_next=with_qk and num_whole in wanted.relation_layers)
             return
-        if self.final == "pre_norm":
+        if wanted.final == "pre_norm":
             model.norm, model.fc_norm = nn.Identity(), nn.Identity()
-        if self.tokens == "full" and depth not in [layer + offset for layer in self.stage_layers]:
+        if self.tokens == "full" and depth not in stage_ends:
             split_last_block(model)
 
 
@@ -313,7 +322,7 @@ def _hooked(
     Hooks live for this call only, so that nothing keeps the tensors and a recomputed call takes its own.
     """
     taken: list[list[Tensor]] = [[] for _ in modules]
-    hooks = [module.register_forward_hook(_append_to(into)) for module, into in zip(modules, taken, strict=True)]
+    hooks = [module.register_forward_hook(_append_to(outputs)) for module, outputs in zip(modules, taken, strict=True)]
     try:
         x = block(*args) if rope is None else block(*args, rope=rope)
     finally:
@@ -322,8 +331,8 @@ def _hooked(
     return x, *(outputs[0] for outputs in taken)
 
 
-def _append_to(taken: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+def _append_to(outputs: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        taken.append(output)
+        outputs.append(output)
 
     return hook

@@ -109,7 +109,8 @@ def next_stage(folder, name):
     run, exported = run_folder_of(first), folder / f"{name}.safetensors"
     assert export(["--run", str(run), "--output", str(exported)]) == 0
     student = load_student(first.student, first.data.img_size, require_checkpoint(run).module_state())
-    student.encoder.final = "pre_norm"  # what the recipe takes from its teacher
+    outputs = student.encoder.outputs._replace(final="pre_norm")  # what the recipe takes from its teacher
+    student.encoder.outputs = outputs
     second = small(
         ROOT / "launch/recipes/dbot_deit_b_stage2.yaml",
         folder,

@@ -65,7 +65,7 @@ def test_sizes_replace_those_of_the_named_model():
     assert (student.embed_dim, student.depth, student.num_heads) == (48, 4, 3)
     assert (student.patch_size, student.grid_size, student.num_prefix_tokens, student.has_cls) == (8, 4, 1, True)
     assert student.encoder.model.blocks[0].mlp.fc1.out_features == 96
-    assert student.encoder.checkpoint_every == 2
+    assert student.encoder.recompute.every == 2
     keep = torch.tensor([[0, 5, 9], [1, 2, 3]])
     output = student(images(), keep)
     assert output.patch_tokens.shape == (2, 3, 48)

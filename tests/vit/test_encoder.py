@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hdscale.errors import UserError
-from hdscale.vit.encoder import ViTEncoder, resolve_layers
+from hdscale.vit.encoder import Outputs, Recompute, ViTEncoder, resolve_layers
 from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
@@ -90,18 +90,18 @@ def test_pre_norm_and_projected_tokens_stand_before_the_norm_and_behind_the_head
     with torch.no_grad():
         x = images()
         normed = model.forward_features(x)
-        before = ViTEncoder(model, final="pre_norm")(x).patch_tokens
+        before = ViTEncoder(model, Outputs(final="pre_norm"))(x).patch_tokens
         assert close(model.norm(before), normed[:, 1:])
         assert not close(before, normed[:, 1:])
-        assert close(ViTEncoder(model, final="projected")(x).patch_tokens, model.head(normed)[:, 1:])
-        assert ViTEncoder(model, final=None)(x).patch_tokens is None
+        assert close(ViTEncoder(model, Outputs(final="projected"))(x).patch_tokens, model.head(normed)[:, 1:])
+        assert ViTEncoder(model, Outputs(final=None))(x).patch_tokens is None
 
 
 @every_kind
 def test_queries_and_keys_equal_those_of_the_fused_linear(kind):
     model = model_of(kind)
     with torch.no_grad():
-        output = ViTEncoder(model, relation_layers=(-1, 1))(images())
+        output = ViTEncoder(model, Outputs(relation_layers=(-1, 1)))(images())
         for query, key, layer in zip(output.queries, output.keys, (3, 1), strict=True):
             reference = reference_qk(model, layer, images())
             assert close(query, reference[0])
@@ -117,7 +117,7 @@ def test_a_student_on_kept_tokens_equals_a_full_forward_that_cannot_look_at_the_
         hidden[image, :, :, num_prefix + indices] = 0
         hidden[image, :, :, :num_prefix] = 0
     with torch.no_grad():
-        output = ViTEncoder(model, relation_layers=(2,))(images(), KEEP)
+        output = ViTEncoder(model, Outputs(relation_layers=(2,)))(images(), KEEP)
         reference = model.forward_features(images(), attn_mask=hidden)
     assert close(output.patch_tokens, rows_of(reference, KEEP, num_prefix, 1)[:, num_prefix:])
     assert output.queries[0].shape == (3, 3, num_prefix + 4, 16)
@@ -138,8 +138,8 @@ def test_a_teacher_sees_everything_and_gives_the_kept(kind, prune):
     model = model_of(kind)
     num_prefix = model.num_prefix_tokens
     with torch.no_grad():
-        whole = ViTEncoder(model, relation_layers=(-3, -1))(images())
-        teacher = ViTEncoder(model, relation_layers=(-3, -1), tokens="full", prune=prune)
+        whole = ViTEncoder(model, Outputs(relation_layers=(-3, -1)))(images())
+        teacher = ViTEncoder(model, Outputs(relation_layers=(-3, -1)), tokens="full", prune=prune)
         assert isinstance(teacher.model.blocks[-1], KeptQueryBlock) == prune
         kept, everything = teacher(images(), KEEP), teacher(images())
     assert close(kept.patch_tokens, rows_of(whole.patch_tokens, KEEP, 0, 1))
@@ -155,10 +155,10 @@ def test_a_teacher_sees_everything_and_gives_the_kept(kind, prune):
 @every_kind
 def test_a_pruned_relation_teacher_equals_the_whole_one(kind):
     model = model_of(kind)
-    arguments = {"relation_layers": (-3, -2), "stage_layers": (0, 1), "final": None, "tokens": "full"}
+    outputs = Outputs((-3, -2), stage_layers=(0, 1), final=None)
     with torch.no_grad():
-        whole = ViTEncoder(model, **arguments)(images(), KEEP)
-        teacher = ViTEncoder(model, **arguments, prune=True)
+        whole = ViTEncoder(model, outputs, tokens="full")(images(), KEEP)
+        teacher = ViTEncoder(model, outputs, tokens="full", prune=True)
         pruned = teacher(images(), KEEP)
     assert isinstance(teacher.model.blocks[-1], QueryKeyBlock)
     assert pruned.patch_tokens is None
@@ -168,9 +168,8 @@ def test_a_pruned_relation_teacher_equals_the_whole_one(kind):
 
 
 def test_a_pruned_relation_teacher_holds_no_parameter_that_is_not_used():
-    teacher = ViTEncoder(
-        model_of("mae or deit", num_classes=10), relation_layers=(-3, -2), final=None, tokens="full", prune=True
-    )
+    outputs = Outputs(relation_layers=(-3, -2), final=None)
+    teacher = ViTEncoder(model_of("mae or deit", num_classes=10), outputs, tokens="full", prune=True)
     embedding = 48 + 17 * 48 + (3 * 64 * 48 + 48)
     block = 12 * 48**2 + 13 * 48
     norm_query_key = 2 * 48 + (48 * 2 * 48 + 2 * 48)
@@ -194,7 +193,7 @@ def test_a_teacher_of_stages_alone_ends_at_the_last_stage(at, last):
     with torch.no_grad():
         model.forward_features(images())
         reference = [tokens[layer][:, 1:] for layer in (0, 2)]
-        teacher = ViTEncoder(model, stage_layers=(0, 2), stage_at=at, final=None, tokens="full", prune=True)
+        teacher = ViTEncoder(model, Outputs(stage_layers=(0, 2), stage_at=at, final=None), tokens="full", prune=True)
         output = teacher(images(), KEEP)
     assert len(teacher.model.blocks) == last
     for ours, theirs in zip(output.stage_tokens, reference, strict=True):
@@ -203,10 +202,10 @@ def test_a_teacher_of_stages_alone_ends_at_the_last_stage(at, last):
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 @pytest.mark.parametrize("every", [1, 2])
-def test_recomputed_blocks_give_the_same_losses_and_gradients_with_drop_path_and_taps(use_reentrant, every):
-    def gradients(**arguments):
+def test_recomputed_blocks_give_the_same_losses_and_gradients_with_drop_path_and_relation_layers(use_reentrant, every):
+    def gradients(recompute):
         model = model_of("mae or deit", drop_path_rate=0.5)
-        encoder = ViTEncoder(model, relation_layers=(1, 3), **arguments).train()
+        encoder = ViTEncoder(model, Outputs(relation_layers=(1, 3)), recompute=recompute).train()
         torch.manual_seed(5)
         output = encoder(images(), KEEP)
         relations = [q @ k.transpose(-1, -2) for q, k in zip(output.queries, output.keys, strict=True)]
@@ -214,9 +213,11 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients_with_drop_path_and
         loss.backward()
         return loss.detach(), {name: parameter.grad for name, parameter in encoder.named_parameters()}
 
-    loss, plain = gradients()
-    fn = None if use_reentrant is None else partial(checkpoint, use_reentrant=use_reentrant)
-    recomputed_loss, recomputed = gradients(checkpoint_every=every, checkpoint_fn=fn)
+    loss, plain = gradients(Recompute())
+    recompute = Recompute(every)
+    if use_reentrant is not None:
+        recompute = Recompute(every, partial(checkpoint, use_reentrant=use_reentrant))
+    recomputed_loss, recomputed = gradients(recompute)
     assert torch.equal(loss, recomputed_loss)
     for name, gradient in plain.items():
         assert torch.equal(gradient, recomputed[name]), name
@@ -229,7 +230,7 @@ def test_every_second_block_is_recomputed_in_training_only():
         recomputed.append(function)
         return checkpoint(function, x, use_reentrant=False)
 
-    encoder = ViTEncoder(model_of("mae or deit"), checkpoint_every=2, checkpoint_fn=recording)
+    encoder = ViTEncoder(model_of("mae or deit"), recompute=Recompute(2, recording))
     encoder.train()(images())
     assert recomputed == [encoder.model.blocks[1], encoder.model.blocks[3]]
     encoder.eval()(images())
@@ -245,12 +246,12 @@ def test_a_checkpoint_function_may_hand_back_a_bare_tensor_as_that_of_deepspeed_
 
     model = model_of("mae or deit")
     plain = ViTEncoder(model).train()(images())
-    ours = ViTEncoder(model, checkpoint_every=1, checkpoint_fn=unwrapping).train()(images())
+    ours = ViTEncoder(model, recompute=Recompute(1, unwrapping)).train()(images())
     assert torch.equal(ours.patch_tokens, plain.patch_tokens)
 
 
 def test_nothing_keeps_queries_alive_after_the_output_is_gone():
-    encoder = ViTEncoder(model_of("mae or deit"), relation_layers=(1, 2), checkpoint_every=1).train()
+    encoder = ViTEncoder(model_of("mae or deit"), Outputs(relation_layers=(1, 2)), recompute=Recompute(1)).train()
     output = encoder(images(), KEEP)
     output.patch_tokens.sum().backward()
     query = weakref.ref(output.queries[0])
@@ -277,9 +278,9 @@ def test_relation_layers_give_tokens_where_these_are_asked_for(kind, output):
     num_prefix = model.num_prefix_tokens
     with torch.no_grad():
         reference = [reference_layer_tokens(model, layer, output, images()) for layer in (2, 0)]
-        arguments = {"relation_layers": (-2, 0), "layer_output": output, "tokens": "full"}
-        everything, kept = (ViTEncoder(model, **arguments)(images(), keep) for keep in (None, KEEP))
-        pruned = ViTEncoder(model, **arguments, final=None, prune=True)
+        outputs = Outputs((-2, 0), output)
+        everything, kept = (ViTEncoder(model, outputs, tokens="full")(images(), keep) for keep in (None, KEEP))
+        pruned = ViTEncoder(model, outputs._replace(final=None), tokens="full", prune=True)
         from_pruned = pruned(images(), KEEP)
     assert len(pruned.model.blocks) == 3
     assert everything.queries == everything.keys == ()
@@ -294,7 +295,7 @@ def test_the_last_block_gives_tokens_of_the_kept_patches_when_it_finishes_no_oth
     model = model_of("mae or deit")
     with torch.no_grad():
         reference = rows_of(reference_layer_tokens(model, 3, output, images()), KEEP, 1, 1)
-        teacher = ViTEncoder(model, relation_layers=(3,), layer_output=output, tokens="full", prune=True)
+        teacher = ViTEncoder(model, Outputs((3,), output), tokens="full", prune=True)
         assert isinstance(teacher.model.blocks[3], KeptQueryBlock)
         assert close(teacher(images(), KEEP).layer_tokens[0], reference)
 
@@ -331,8 +332,8 @@ def test_patches_that_a_stage_drops_go_no_further(at, prune):
 
     with torch.no_grad():
         kept, queries = dropping_forward(model, images(), stages, at, 0.7)
-        arguments = {"relation_layers": (0, 1, 3), "stage_layers": stages, "stage_at": at, "final": None}
-        output = ViTEncoder(model, **arguments, tokens="full", drop=drop, prune=prune)(images())
+        outputs = Outputs((0, 1, 3), stage_layers=stages, stage_at=at, final=None)
+        output = ViTEncoder(model, outputs, tokens="full", drop=drop, prune=prune)(images())
     assert torch.equal(output.keep_indices, kept)
     assert kept.shape == (3, 7)
     for ours, layer in zip(output.queries, (0, 1, 3), strict=True):
@@ -345,12 +346,12 @@ def test_patches_that_a_stage_drops_go_no_further(at, prune):
 def test_layers_a_model_does_not_have_are_refused():
     assert resolve_layers((-3, 2), 4, "relation.layers") == (1, 2)
     with pytest.raises(UserError, match=r"relation\.layers must be between -4 and 3 .* 4 blocks, got 4"):
-        ViTEncoder(model_of("mae or deit"), relation_layers=(4,))
+        ViTEncoder(model_of("mae or deit"), Outputs(relation_layers=(4,)))
     with pytest.raises(UserError, match=r"relation\.layers must name different blocks, got .* \[3, 3\] of 4"):
-        ViTEncoder(model_of("mae or deit"), relation_layers=(-1, 3))
+        ViTEncoder(model_of("mae or deit"), Outputs(relation_layers=(-1, 3)))
 
 
 def test_attention_without_plain_queries_is_refused_by_name():
     model = timm.create_model("vit_small_patch16_224", **SIZES, attn_layer="diff")
     with pytest.raises(UserError, match=r"relation\.layers need .* got Block with DiffAttention"):
-        ViTEncoder(model, relation_layers=(1,))
+        ViTEncoder(model, Outputs(relation_layers=(1,)))

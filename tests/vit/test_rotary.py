@@ -6,7 +6,7 @@ import torch
 
 from hdscale.errors import UserError
 from hdscale.vit.build import create_teacher_vit
-from hdscale.vit.encoder import ViTEncoder
+from hdscale.vit.encoder import Outputs, ViTEncoder
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
 KINDS = {
@@ -77,7 +77,7 @@ def test_tokens_queries_and_keys_are_those_that_timm_s_own_forward_uses(kind, si
     with torch.no_grad():
         reference = model.fc_norm(model.forward_features(x))[:, model.num_prefix_tokens :]
         expected = attended(model, x, monkeypatch)
-        ours = ViTEncoder(model, relation_layers=(0, 1, 2, 3))(x)
+        ours = ViTEncoder(model, Outputs(relation_layers=(0, 1, 2, 3)))(x)
     assert close(ours.patch_tokens, reference)
     for query, key, (their_query, their_key) in zip(ours.queries, ours.keys, expected, strict=True):
         assert close(query, their_query)
@@ -93,7 +93,7 @@ def test_kept_tokens_equal_a_full_forward_that_cannot_look_at_the_others(kind, m
         hidden[image, :, :, num_prefix + indices] = 0
         hidden[image, :, :, :num_prefix] = 0
     with torch.no_grad():
-        output = ViTEncoder(model, relation_layers=(0, 2))(images(), KEEP)
+        output = ViTEncoder(model, Outputs(relation_layers=(0, 2)))(images(), KEEP)
         reference = model.fc_norm(model.forward_features(images(), attn_mask=hidden))
         first_query, first_key = attended(model, images(), monkeypatch)[0]
     assert close(output.patch_tokens, rows_of(reference, num_prefix, 1)[:, num_prefix:])
@@ -105,10 +105,10 @@ def test_kept_tokens_equal_a_full_forward_that_cannot_look_at_the_others(kind, m
 @pytest.mark.parametrize("final", ["norm", None])
 def test_a_pruned_teacher_equals_the_whole_one_and_gives_the_kept(kind, final):
     model = model_of(kind)
-    arguments = {"relation_layers": (-3, -2), "stage_layers": (0, 1), "final": final, "tokens": "full"}
+    outputs = Outputs((-3, -2), stage_layers=(0, 1), final=final)
     with torch.no_grad():
-        whole = ViTEncoder(model, **arguments)(images())
-        pruned = ViTEncoder(model, **arguments, prune=True)(images(), KEEP)
+        whole = ViTEncoder(model, outputs, tokens="full")(images())
+        pruned = ViTEncoder(model, outputs, tokens="full", prune=True)(images(), KEEP)
     assert (pruned.patch_tokens is None) == (final is None)
     if final is not None:
         assert close(pruned.patch_tokens, rows_of(whole.patch_tokens, 0, 1))
@@ -129,9 +129,9 @@ def test_patches_dropped_between_blocks_take_their_rotations_along(kind):
 
     model = model_of(kind)
     choices = iter((every_second, first_half))
-    dropping = {"stage_layers": (0, 2), "tokens": "full", "drop": lambda tokens: next(choices)(tokens)}
     with torch.no_grad():
-        output = ViTEncoder(model, **dropping, relation_layers=(3,))(images())
+        outputs = Outputs(relation_layers=(3,), stage_layers=(0, 2))
+        output = ViTEncoder(model, outputs, tokens="full", drop=lambda tokens: next(choices)(tokens))(images())
         x = model.patch_embed(images())
         x, rope = model._pos_embed(x)
         x = model.norm_pre(x)
