@@ -1,4 +1,4 @@
-"""FLOPs of a step, 2 a multiply-add, equal to what torch's counter sees; and the peak of known devices.
+"""FLOPs of a step, 2 per multiply-add, equal to what torch's counter sees; and the peak of known devices.
 
 Norms, activations, softmax and losses are left out, as in torch's counter and in published figures.
 """
@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hdscale.config.recipe import masks_are_online
+from hdscale.config.recipe import Recipe, masks_are_online
+from hdscale.distiller import Distiller
 from hdscale.masking.progressive import expected_num_keep, patches_by_block
-from hdscale.teachers.build import mask_stages
+from hdscale.student.build import Student
+from hdscale.teachers.build import FrozenTeacher, Teachers, mask_stages
 from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock, is_plain
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import Recipe
-    from hdscale.distiller import Distiller
-    from hdscale.student.build import Student
-    from hdscale.teachers.build import FrozenTeacher, Teachers
 
 
 class ViTSizes(NamedTuple):
@@ -52,6 +48,15 @@ class HeadSizes(NamedTuple):
     mask_tokens: Literal["none", "encoder", "decoder"] = "none"
     linear: bool = True
     decoder: DecoderSizes | None = None
+
+
+class RelationUse(NamedTuple):
+    """What a step takes from the relation teacher."""
+
+    layers: Sequence[int] = (-3, -2)  # blocks, negative from the end; empty when the teacher only makes masks
+    target: Literal["relation", "attention", "features"] = "relation"  # for tokens, the last layer runs whole
+    mask_blocks: int = 0  # blocks that masks made online need whole: the last mask layer's number plus one
+    block_patches: Sequence[int] | None = None  # patches that each block runs on, where some are dropped; None: all
 
 
 def block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float = 4.0) -> int:
@@ -103,32 +108,25 @@ def student_step_flops(
 def relation_teacher_flops(
     vit: ViTSizes,
     num_keep: int | None = None,
-    relation_layers: Sequence[int] = (-3, -2),
-    mask_blocks: int = 0,
-    *,
-    target: Literal["relation", "attention", "features"] = "relation",
-    block_patches: Sequence[int] | None = None,
+    use: RelationUse = RelationUse(),  # noqa: B008 - immutable
 ) -> int:
     """FLOPs of the relation teacher's forward on one image, pruned after what the last layer used gives.
 
     Args:
         vit: the teacher, which sees all patches.
         num_keep: K tokens whose relations are taken, or None for all.
-        relation_layers: blocks, negative from the end; empty when the teacher only makes masks.
-        mask_blocks: blocks that masks made online need whole: the last mask layer's number plus one.
-        target: the recipe's `relation.target`; for tokens, the last layer runs whole.
-        block_patches: patches that each block runs on, where the teacher drops some on its way; None: all.
+        use: what of the teacher the step takes.
     """
-    dim, with_qk = vit.embed_dim, target == "relation"
-    tokens = [_num_tokens(vit, patches) for patches in block_patches or [vit.num_patches] * vit.depth]
-    whole_blocks = max((layer % vit.depth + (not with_qk) for layer in relation_layers), default=0)
+    dim, with_qk = vit.embed_dim, use.target == "relation"
+    tokens = [_num_tokens(vit, patches) for patches in use.block_patches or [vit.num_patches] * vit.depth]
+    whole_blocks = max((layer % vit.depth + (not with_qk) for layer in use.layers), default=0)
     query_key = relations = 0
-    if relation_layers and with_qk:
-        if whole_blocks >= mask_blocks:
+    if use.layers and with_qk:
+        if whole_blocks >= use.mask_blocks:
             count = tokens[whole_blocks]
             query_key = 2 * count * dim * 2 * dim if vit.is_plain else block_flops(count, dim, vit.mlp_ratio)
-        relations = len(relation_layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
-    blocks = sum(block_flops(count, dim, vit.mlp_ratio) for count in tokens[: max(whole_blocks, mask_blocks)])
+        relations = len(use.layers) * _relation_flops(vit, _num_tokens(vit, num_keep))
+    blocks = sum(block_flops(count, dim, vit.mlp_ratio) for count in tokens[: max(whole_blocks, use.mask_blocks)])
     return embed_flops(vit) + blocks + query_key + relations
 
 
@@ -157,47 +155,34 @@ def hybrid_step_flops(
     feature_teacher: ViTSizes | None,
     relation_teacher: ViTSizes | None,
     num_keep: int | None,
-    relation_layers: Sequence[int] = (-3, -2),
-    mask_blocks: int = 0,
     *,
+    relation: RelationUse = RelationUse(),  # noqa: B008 - immutable
     head: HeadSizes = HeadSizes(),  # noqa: B008 - immutable
     projected_dim: int = 0,
-    relation_target: Literal["relation", "attention", "features"] = "relation",
-    block_patches: Sequence[int] | None = None,
 ) -> int:
-    """FLOPs of one training step an image (Eq. 1): student forward and backward, each teacher once.
+    """FLOPs of one training step per image (Eq. 1): student forward and backward, each teacher once.
 
     Args:
         student: sizes.
         feature_teacher: sizes, or None for the baseline without it.
         relation_teacher: sizes, or None.
         num_keep: K, or None for all patches.
-        relation_layers: blocks, negative from the end.
-        mask_blocks: as in `relation_teacher_flops`; 0 when masks come from the store.
+        relation: what the step takes from the relation teacher.
         head: what predicts the feature teacher's tokens.
-        projected_dim: as in `feature_teacher_flops`.
-        relation_target: as in `relation_teacher_flops`.
-        block_patches: as in `relation_teacher_flops`.
+        projected_dim: width of CLIP's projection, where the feature target is projected.
     """
-    with_qk = relation_target == "relation"
-    relations = len(relation_layers) if relation_teacher and with_qk else 0
+    with_qk = relation.target == "relation"
+    relations = len(relation.layers) if relation_teacher and with_qk else 0
     layer_head_dims = []
     if relation_teacher and not with_qk and relation_teacher.embed_dim != student.embed_dim:
-        layer_head_dims = [relation_teacher.embed_dim] * len(relation_layers)
+        layer_head_dims = [relation_teacher.embed_dim] * len(relation.layers)
     target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher else 0
     total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims, head=head)
     if feature_teacher:
         asked = None if num_keep is None or head.features_on == "all" else _num_compared(student, num_keep, head)
         total += feature_teacher_flops(feature_teacher, asked, projected_dim)
     if relation_teacher:
-        total += relation_teacher_flops(
-            relation_teacher,
-            num_keep,
-            relation_layers,
-            mask_blocks,
-            target=relation_target,
-            block_patches=block_patches,
-        )
+        total += relation_teacher_flops(relation_teacher, num_keep, relation)
     return total
 
 
@@ -234,7 +219,7 @@ _PEAKS = {  # dense, from the vendor's data sheets; the first that is a word of 
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return a device's FLOPs a second at `fp16`, `bf16` or `fp32`; None where the device or the pair is unknown.
+    """Return a device's FLOPs per second at `fp16`, `bf16` or `fp32`; None where the device or the pair is unknown.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it, such as `Tesla V100-SXM2-32GB`.
@@ -278,7 +263,18 @@ def _relation_flops(vit: ViTSizes, num_tokens: int) -> int:
 
 
 def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> int:
-    """Return the FLOPs of one training step per image: student, heads and both teachers, as the recipe uses them."""
+    """Return the FLOPs of one training step per image: student, heads and both teachers, as the recipe uses them.
+
+    What activation checkpointing runs again is left out: the work is not the model's.
+
+    Args:
+        recipe: resolved.
+        distiller: built from the recipe.
+        teachers: built from the recipe; those it has no section for are None.
+
+    Raises:
+        UserError: `mask.layers` are not blocks of the relation teacher.
+    """
     student, mask = distiller.student, recipe.mask
     patches = student.grid_size**2
     depth = teachers.relation.depth if teachers.relation is not None else 0
@@ -301,12 +297,14 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
         None if teachers.feature is None else _sizes(teachers.feature),
         None if teachers.relation is None else _sizes(teachers.relation),
         expected_num_keep(mask, patches, depth),
-        recipe.relation.layers,
-        mask_blocks,
+        relation=RelationUse(
+            recipe.relation.layers,
+            recipe.relation.target,
+            mask_blocks,
+            patches_by_block(mask, patches, depth),
+        ),
         head=head,
         projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
-        relation_target=recipe.relation.target,
-        block_patches=patches_by_block(mask, patches, depth),
     )
 
 

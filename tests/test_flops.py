@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from hdscale.flops import (
+    RelationUse,
     ViTSizes,
     block_flops,
     count_flops,
@@ -90,9 +91,9 @@ def test_pruned_relation_teacher_formula_equals_the_counter():
             query[:, :6] @ query[:, :6].transpose(1, 2)
 
     assert relation_teacher_flops(SMALL, 5) == count_flops(lambda: forward(2))
-    assert relation_teacher_flops(SMALL, 5, mask_blocks=2) == relation_teacher_flops(SMALL, 5)
-    assert relation_teacher_flops(SMALL, relation_layers=(), mask_blocks=3) == count_flops(lambda: forward(3, 0))
-    whole = relation_teacher_flops(SMALL, 5, mask_blocks=4)
+    assert relation_teacher_flops(SMALL, 5, RelationUse(mask_blocks=2)) == relation_teacher_flops(SMALL, 5)
+    assert relation_teacher_flops(SMALL, use=RelationUse((), mask_blocks=3)) == count_flops(lambda: forward(3, 0))
+    whole = relation_teacher_flops(SMALL, 5, RelationUse(mask_blocks=4))
     assert whole == vit_forward_flops(SMALL) + 2 * 2 * 6**2 * 48
 
 
@@ -129,7 +130,7 @@ def test_a_hybrid_vit_l_step_stays_below_358_gflop_an_image():
     student = student_step_flops(VIT_L, 66, teacher_dim=1024, relations=2)
     assert student <= 0.35 * student_step_flops(VIT_L, None, teacher_dim=1024, relations=2)
     assert pruned == student + feature_teacher_flops(CLIP_L, 66) + relation_teacher_flops(VIT_L, 66)
-    assert hybrid_step_flops(VIT_L, CLIP_L, VIT_L, 66, mask_blocks=24) > pruned
+    assert hybrid_step_flops(VIT_L, CLIP_L, VIT_L, 66, relation=RelationUse(mask_blocks=24)) > pruned
 
 
 def test_a_teacher_that_is_left_out_costs_nothing():

@@ -5,7 +5,7 @@ import torch
 
 from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig, TeacherConfig
 from hdscale.distiller import build_distiller
-from hdscale.flops import DecoderSizes, HeadSizes, ViTSizes, count_flops, hybrid_step_flops
+from hdscale.flops import DecoderSizes, HeadSizes, RelationUse, ViTSizes, count_flops, hybrid_step_flops
 from hdscale.masking.progressive import patches_by_block
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair
@@ -65,7 +65,9 @@ def test_the_formula_equals_a_real_step_with_stored_or_random_masks():
 
 def test_online_progressive_masks_cost_nothing_more():
     step = real_step(MaskConfig(source="online", images_per_forward=BATCH))
-    assert count_flops(step) == BATCH * hybrid_step_flops(TINY, TINY, TINY, num_keep=4, mask_blocks=9)
+    assert count_flops(step) == BATCH * hybrid_step_flops(
+        TINY, TINY, TINY, num_keep=4, relation=RelationUse(mask_blocks=9)
+    )
 
 
 @pytest.mark.parametrize("at", ["output", "input"])
@@ -73,9 +75,10 @@ def test_a_teacher_that_drops_patches_costs_less(at):
     mask = MaskConfig(source="online", in_teacher="drop", images_per_forward=BATCH, at=at)
     mask_blocks = 9 if at == "output" else 8
     patches = patches_by_block(mask, 16, 12)
-    expected = hybrid_step_flops(TINY, TINY, TINY, 4, mask_blocks=mask_blocks, block_patches=patches)
+    dropping = RelationUse(mask_blocks=mask_blocks, block_patches=patches)
+    expected = hybrid_step_flops(TINY, TINY, TINY, 4, relation=dropping)
     assert count_flops(real_step(mask)) == BATCH * expected
-    assert expected < hybrid_step_flops(TINY, TINY, TINY, 4, mask_blocks=mask_blocks)
+    assert expected < hybrid_step_flops(TINY, TINY, TINY, 4, relation=RelationUse(mask_blocks=mask_blocks))
 
 
 @pytest.mark.parametrize("target", ["attention", "features"])
@@ -84,7 +87,7 @@ def test_targets_of_tokens_cost_whole_blocks_and_a_linear_where_widths_differ(ta
     relation = RelationConfig(target=target, layers=(-4, -2))
     step = real_step(MaskConfig(strategy="random", keep_ratio=0.35), relation=relation, relation_name=name)
     teacher = TINY if "tiny" in name else TINY._replace(embed_dim=384)
-    expected = hybrid_step_flops(TINY, TINY, teacher, 5, relation.layers, relation_target=target)
+    expected = hybrid_step_flops(TINY, TINY, teacher, 5, relation=RelationUse(relation.layers, target))
     assert count_flops(step) == BATCH * expected
 
 
