@@ -5,23 +5,18 @@ Both give `LossTerms` like the distiller, so that one trainer runs all three; fe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from hdscale.config.recipe import PretrainConfig
 from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 from hdscale.masking.random import random_keep_indices
-from hdscale.types import LossTerms
+from hdscale.student.build import Student
+from hdscale.types import Batch, LossTerms
 from hdscale.vit.position import sincos_position_embedding
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import PretrainConfig
-    from hdscale.student.build import Student
-    from hdscale.types import Batch
 
 _EPS = 1e-6
 

@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hdscale.benchmarks.loading import data_report, loading_contenders, read_cold, take_turns
 from hdscale.benchmarks.memory_report import (
@@ -27,12 +27,9 @@ from hdscale.benchmarks.memory_report import (
 )
 from hdscale.benchmarks.photographs import make_photo_shards
 from hdscale.cli import EXIT_DONE, run
-from hdscale.data.index import open_shards
+from hdscale.data.index import ShardSet, open_shards
 from hdscale.errors import UserError
 from hdscale.progress import Progress
-
-if TYPE_CHECKING:
-    from hdscale.data.index import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 from hdscale.benchmarks import memory_formulas as formulas
 from hdscale.benchmarks.memory_formulas import Gathering, Tokens
 from hdscale.engine.zero_internals import elements_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from hdscale.training.run import Session
+from hdscale.training.run import Session
 
 
 def teacher_counts(session: Session) -> list[tuple[list[int], Any]]:

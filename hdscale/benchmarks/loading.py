@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +19,10 @@ import torch
 from hdscale.benchmarks.usual_pipeline import jpeg_decoders, usual_pipeline, view_makers
 from hdscale.config.recipe import DataConfig
 from hdscale.data.decode import decode_view
+from hdscale.data.index import ShardSet
 from hdscale.data.loader import RankShare, TrainLoader
 from hdscale.data.order import build_order
-from hdscale.data.views import view_parameters
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from hdscale.data.index import ShardSet
-    from hdscale.data.views import ViewParameters
+from hdscale.data.views import ViewParameters, view_parameters
 
 LOADER = "hdscale's loader: tar to uint8 batches"
 USUAL = "usual pipeline: webdataset, Pillow, torchvision to float batches"

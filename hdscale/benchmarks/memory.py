@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,11 @@ from hdscale.benchmarks.live_bytes import LiveBytes
 from hdscale.benchmarks.memory_formulas import Tokens
 from hdscale.benchmarks.resident_memory import return_freed_memory
 from hdscale.config.deepspeed import with_zero
-from hdscale.engine.collectives import Operation, watch_collectives
+from hdscale.config.recipe import Recipe
+from hdscale.engine.collectives import Operation, Traffic, watch_collectives
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero_internals import (
+    Engine,
     around_gathers,
     held_bytes,
     largest_buckets,
@@ -35,15 +38,8 @@ from hdscale.engine.zero_internals import (
     parameter_bytes,
 )
 from hdscale.training.loop import run_loader, seed_everything, to_device
+from hdscale.training.run import Session
 from hdscale.training.smoke import generated_session
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from hdscale.config.recipe import Recipe
-    from hdscale.engine.collectives import Traffic
-    from hdscale.engine.zero_internals import Engine
-    from hdscale.training.run import Session
 
 _STEPS = 3
 """ZeRO-3 records in the first two which parameter follows on which; the third is what all others are like."""

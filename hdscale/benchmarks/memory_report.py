@@ -8,19 +8,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
+from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and `benchmark.py data` does without
     from hdscale.benchmarks.memory import Measured
     from hdscale.benchmarks.resident_memory import Resident
-    from hdscale.config.recipe import Recipe
 
 SMALL = (
     "student.model=vit_tiny_patch16_224",

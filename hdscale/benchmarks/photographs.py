@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -15,10 +16,6 @@ from hdscale.shards.sources.base import Listing
 from hdscale.shards.sources.stored_picture import Picture
 from hdscale.shards.split import SplitSettings
 from hdscale.shards.writer import SplitJob, write_split
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 WIDTH, HEIGHT = 500, 375
 """The most frequent size of ImageNet's pictures."""

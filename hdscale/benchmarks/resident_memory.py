@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import gc
 import resource
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -20,18 +21,14 @@ from hdscale.benchmarks.formula_inputs import (
     teacher_gathering_of,
     tokens_of,
 )
+from hdscale.benchmarks.memory_formulas import Tokens
 from hdscale.config.deepspeed import with_zero
+from hdscale.config.recipe import Recipe
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero_internals import optimizer_groups
 from hdscale.training.loop import run_loader, to_device
+from hdscale.training.run import Session
 from hdscale.training.smoke import generated_session
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from hdscale.benchmarks.memory_formulas import Tokens
-    from hdscale.config.recipe import Recipe
-    from hdscale.training.run import Session
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SMALL_BLOCK = 2**20

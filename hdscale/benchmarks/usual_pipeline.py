@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch import Tensor
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
 from webdataset.compat import WebDataset
 from webdataset.handlers import ignore_and_continue
 
 from hdscale.data.decode import resize_and_flip
+from hdscale.data.index import ShardSet
+from hdscale.data.views import ViewParameters
 from hdscale.errors import UserError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from hdscale.data.index import ShardSet
-    from hdscale.data.views import ViewParameters
-
-    Decoder = Callable[[bytes], Tensor]
-    ViewMaker = Callable[[bytes, ViewParameters, int], Any]
+Decoder = Callable[[bytes], Tensor]
+ViewMaker = Callable[[bytes, ViewParameters, int], Any]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which such pipelines apply to every image
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from hdscale.config.recipe import StudentConfig
 from hdscale.errors import UserError
+from hdscale.student.build import Student
 from hdscale.vit.encoder import with_queries_and_keys
 from hdscale.vit.position import sincos_position_embedding
 from hdscale.vit.tokens import take_rows, token_rows
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import StudentConfig
-    from hdscale.student.build import Student
 
 _EPS = 1e-6
 

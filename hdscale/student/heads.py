@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hdscale.config.recipe import StudentConfig
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hdscale.config.recipe import StudentConfig
 
 
 class FeatureHead(nn.Module):

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from hdscale.config.recipe import StudentConfig
 from hdscale.errors import UserError
-from hdscale.student.build import build_student
+from hdscale.student.build import Student, build_student
 from hdscale.student.decoder import TransformerDecoder, build_decoder
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from hdscale.config.recipe import StudentConfig
-    from hdscale.student.build import Student
-
 
 _STUDENT_NAMES = ("student", "encoder")
 """What the wrapped modules call the ViT they train: here, and in hdscale.pretraining."""

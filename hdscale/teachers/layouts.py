@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    State = dict[str, Tensor]
+State = dict[str, Tensor]
 
 _OPENAI_ONLY = {"input_resolution", "context_length", "vocab_size"}
 

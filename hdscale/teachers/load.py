@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from timm.layers.activations import QuickGELU
 from timm.models import get_arch_pretrained_cfgs
 
+from hdscale.config.recipe import TeacherConfig
 from hdscale.errors import UserError
 from hdscale.teachers.files import load_teacher_file, stored_normalisation
 from hdscale.teachers.layouts import is_openai
 from hdscale.teachers.weights import fit_state, read_state
 from hdscale.vit.beit import from_beit, is_beit
-from hdscale.vit.build import create_teacher_vit
-
-if TYPE_CHECKING:
-    from hdscale.config.recipe import TeacherConfig
-    from hdscale.vit.build import ViT
+from hdscale.vit.build import ViT, create_teacher_vit
 
 _RANDOM_SEED = 0  # `weights: random` gives the same teacher on every rank and in every launch
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from hdscale.config.recipe import masks_are_online
+from hdscale.config.recipe import MaskConfig, RelationConfig, masks_are_online
 from hdscale.losses import token_relation
 from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
-from hdscale.types import Targets
+from hdscale.types import Batch, Targets, ViTOutput
 from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
-
-    from hdscale.config.recipe import MaskConfig, RelationConfig
-    from hdscale.types import Batch, ViTOutput
 
 
 class TeacherPair:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 _STORAGES = {
     "DoubleStorage": torch.float64,

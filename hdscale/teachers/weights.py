@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -21,11 +22,7 @@ from torch import Tensor
 from hdscale.errors import UserError
 from hdscale.teachers.layouts import known_layout
 from hdscale.teachers.torchscript import is_torchscript, read_torchscript
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from hdscale.vit.build import ViT
+from hdscale.vit.build import ViT
 
 # What checkpoints keep weights under. DINO evaluates the teacher, a moving average of the student.
 _WRAPPERS = ("model", "module", "state_dict", "teacher", "student")

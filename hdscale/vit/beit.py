@@ -7,17 +7,14 @@ and so changes no attention: that third of `qkv.bias` is left out, and comes bac
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
 
 _BEIT, _VIT = "beit_base_patch16_224", "vit_base_patch16_224"
 _BEIT_SETTINGS = {

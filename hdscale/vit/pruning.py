@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,8 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from hdscale.vit.build import ViT
 from hdscale.vit.tokens import take_rows
-
-if TYPE_CHECKING:
-    from hdscale.vit.build import ViT
 
 
 class QueryKeyAttention(nn.Module):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.layers.pos_embed_rel import RelPosBias
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
 
 
 class SharedRelPosBias(RelPosBias):

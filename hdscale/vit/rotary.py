@@ -6,15 +6,13 @@ tokens are not rotated.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from torch import Tensor
 
 from hdscale.vit.tokens import take_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def as_rotation(rope: Tensor | None, *, by_block: bool) -> Tensor | None:
