@@ -14,7 +14,7 @@ from hdscale.training.run import Session
 
 
 def teacher_counts(session: Session) -> list[tuple[list[int], Any]]:
-    """Elements of each parameter of the hosted teachers, and how each is sharded."""
+    """Elements of each parameter of the teachers, and how each is sharded."""
     return [
         ([elements_of(parameter) for parameter in teacher.parameters()], getattr(session.run.recipe, name).sharding)
         for name, teacher in session.teacher_engines.items()

@@ -1,4 +1,4 @@
-"""How many images a second one core loads: hdscale's loader beside what others do, in turn in one run.
+"""How many images per second one core loads: hdscale's loader beside what others do, in turn in one run.
 
 A machine's speed drifts, so figures of different runs cannot be compared; ratios of one round can.
 """
@@ -35,7 +35,7 @@ _JPEG_START = b"\xff\xd8\xff"
 
 
 class Rates(NamedTuple):
-    """Images a second of one contender, round by round."""
+    """Images per second of one contender, round by round."""
 
     name: str
     rounds: tuple[float, ...]
@@ -55,7 +55,7 @@ class ColdReading(NamedTuple):
     """Loading from shards that are not in the page cache."""
 
     order: str
-    cold: float  # images a second
+    cold: float  # images per second
     warm: float  # the same images again
     picture_bytes: int  # of the pictures that were shown
     bytes_read: int  # from the disk, read-ahead included; 0 where the kernel does not count them
@@ -177,7 +177,7 @@ def _loader(shards: ShardSet, config: DataConfig, num_steps: int) -> TrainLoader
 
 
 def _timed(loader: TrainLoader) -> tuple[float, np.ndarray]:
-    """Return images a second of one pass, and which samples it showed."""
+    """Return images per second of one pass, and which samples it showed."""
     started = time.perf_counter()
     ids = np.concatenate([batch.sample_ids.numpy() for batch in loader])
     return len(ids) / (time.perf_counter() - started), ids

@@ -57,7 +57,7 @@ class Trial(NamedTuple):
     teacher_zero: Mapping[str, Any] = {}
 
 
-class Figure(NamedTuple):
+class Measured(NamedTuple):
     """Bytes of one rank, or of the rank that has most."""
 
     what: str
@@ -65,15 +65,15 @@ class Figure(NamedTuple):
     formula: int | None
 
 
-class Measured(NamedTuple):
+class TrialResult(NamedTuple):
     """A trial's outcome: bytes of the rank that has most, of one optimizer step."""
 
     trial: str
     stage: int
     ranks: int
     accumulation: int
-    memory: list[Figure]
-    traffic: list[Figure]  # sent by collective, student and teachers
+    memory: list[Measured]
+    traffic: list[Measured]  # sent by collective, student and teachers
     operations: dict[str, dict[str, Operation]]
     losses: list[float]
     targets: str  # a digest of what the teachers said last
@@ -85,7 +85,7 @@ def measure(
     ds_configs: Mapping[int, Mapping[str, Any]],
     teacher_ds_config: Mapping[str, Any],
     micro_batch_size: int,
-) -> list[Measured]:
+) -> list[TrialResult]:
     """Train a few steps of each trial on generated pictures; every rank gets the same answer.
 
     Args:
@@ -93,7 +93,7 @@ def measure(
         recipe: what to train, at its real size.
         ds_configs: of the student, by ZeRO stage.
         teacher_ds_config: of sharded teachers.
-        micro_batch_size: images a rank and micro-step.
+        micro_batch_size: images per rank and micro-step.
     """
     return_freed_memory()
     with distributed():
@@ -106,7 +106,7 @@ def _measure(
     ds_configs: Mapping[int, Mapping[str, Any]],
     teacher_ds_config: Mapping[str, Any],
     micro_batch_size: int,
-) -> Measured:
+) -> TrialResult:
     ds_config = with_zero(ds_configs[trial.stage], {"stage": trial.stage, **trial.zero})
     teacher_config = with_zero(teacher_ds_config, trial.teacher_zero)
     with generated_session(
@@ -121,9 +121,10 @@ def _measure(
         for _ in range(_STEPS):
             steps.run_one()
         everyone: list[Any] = [None] * session.ranks.world_size
-        dist.all_gather_object(everyone, (steps.memory_figures(teacher_config), steps.traffic_figures(teacher_config)))
+        mine = steps.measured_memory(teacher_config), steps.measured_traffic(teacher_config)
+        dist.all_gather_object(everyone, mine)
         operations = {who: dict(traffic.operations) for who, traffic in steps.traffic.items()}
-        measured = Measured(
+        result = TrialResult(
             trial.name,
             trial.stage,
             session.ranks.world_size,
@@ -137,7 +138,7 @@ def _measure(
         session.engine.destroy()
     del session, steps
     gc.collect()
-    return measured
+    return result
 
 
 def _with_settings(recipe: Recipe, trial: Trial) -> Recipe:
@@ -149,8 +150,8 @@ def _with_settings(recipe: Recipe, trial: Trial) -> Recipe:
     return type(recipe).model_validate(values)
 
 
-def _largest(by_rank: list[list[Figure]]) -> list[Figure]:
-    return [max(figures, key=lambda figure: figure.measured) for figures in zip(*by_rank, strict=True)]
+def _largest(by_rank: list[list[Measured]]) -> list[Measured]:
+    return [max(same, key=lambda one: one.measured) for same in zip(*by_rank, strict=True)]
 
 
 class _Steps:
@@ -197,20 +198,20 @@ class _Steps:
         self.held["between steps"] = held_bytes(engine)["gathered"]
         self.held["teachers"] = sum(parameter_bytes(teacher) for teacher in session.teacher_engines.values())
 
-    def memory_figures(self, teacher_ds_config: Mapping[str, Any]) -> list[Figure]:
+    def measured_memory(self, teacher_ds_config: Mapping[str, Any]) -> list[Measured]:
         run, held = self.session.run, self.held
         zero = run.ds_config["zero_optimization"]
         groups, ranks = optimizer_groups(self.session.engine), self.session.ranks.world_size
         precision = precision_of(run.precision)
         states = formulas.state_bytes(groups, self.trial.stage, ranks, precision, self.session.ranks.rank)  # type: ignore[arg-type]
-        figures = [Figure(name, held[name], formula) for name, formula in states._asdict().items()]
+        found = [Measured(name, held[name], formula) for name, formula in states._asdict().items()]
         teacher = teacher_formula(self.session, teacher_ds_config)
-        figures.append(Figure("teachers", held["teachers"], teacher))
+        found.append(Measured("teachers", held["teachers"], teacher))
         assert self._tokens is not None
         every = self.trial.checkpoint_every
         activations = held["activations"] + (held["recomputed block"] if every else 0)
         formula = formulas.activation_bytes(self._tokens, precision, checkpoint=bool(every)) if every <= 1 else None
-        figures.append(Figure("activations", activations, formula))
+        found.append(Measured("activations", activations, formula))
         if self.trial.stage:
             room = formulas.bucket_bytes(
                 self.trial.stage,  # type: ignore[arg-type]
@@ -218,28 +219,28 @@ class _Steps:
                 precision,
                 overlap_comm=zero.get("overlap_comm", False),
             )
-            figures.append(Figure("gradient buckets", held["buckets"], room))
+            found.append(Measured("gradient buckets", held["buckets"], room))
         if self.trial.stage == 3 and ranks > 1:
             own, counts = gathering_of(run.ds_config), [count for group in groups for count in group]
-            figures.append(
-                Figure(
+            found.append(
+                Measured(
                     "gathered, at most",
                     held["gathered"],
                     formulas.live_bytes(counts, own, precision),
                 )
             )
             small = formulas.persistent_elements(counts, own.param_persistence_threshold)
-            figures.append(
-                Figure("gathered, between steps", held["between steps"], formulas.element_bytes(precision) * small)
+            found.append(
+                Measured("gathered, between steps", held["between steps"], formulas.element_bytes(precision) * small)
             )
         if self.trial.sharding == "zero3" and ranks > 1:
             asked = teacher_gathering_of(teacher_ds_config)
             sizes = [counts for counts, _ in teacher_counts(self.session)]
             live = max((formulas.live_bytes(counts, asked, precision) for counts in sizes), default=0)
-            figures.append(Figure("teachers gathered, at most", held["teachers gathered"], live))
-        return figures
+            found.append(Measured("teachers gathered, at most", held["teachers gathered"], live))
+        return found
 
-    def traffic_figures(self, teacher_ds_config: Mapping[str, Any]) -> list[Figure]:
+    def measured_traffic(self, teacher_ds_config: Mapping[str, Any]) -> list[Measured]:
         run, ranks = self.session.run, self.session.ranks.world_size
         zero = run.ds_config["zero_optimization"]
         precision = precision_of(run.precision)
@@ -253,12 +254,12 @@ class _Steps:
             or not zero.get("reduce_scatter", True),
             gathering=gathering_of(run.ds_config),
         )
-        figures = []
+        found = []
         for name in sorted({*payload, *self.traffic["student"].operations}):
             sent = self.traffic["student"].operations.get(name, Operation()).sent_bytes
-            figures.append(Figure(f"student {name}", sent, formulas.moved_bytes({name: payload.get(name, 0)}, ranks)))
+            found.append(Measured(f"student {name}", sent, formulas.moved_bytes({name: payload.get(name, 0)}, ranks)))
         sent = self.traffic["student"].total.sent_bytes
-        figures.append(Figure("student", sent, formulas.moved_bytes(payload, ranks)))
+        found.append(Measured("student", sent, formulas.moved_bytes(payload, ranks)))
         teachers = 0
         if self.trial.sharding == "zero3":
             threshold = gathering_of(teacher_ds_config).param_persistence_threshold
@@ -267,8 +268,8 @@ class _Steps:
                     counts, ranks, precision, accumulation=self.trial.accumulation, persistence_threshold=threshold
                 )
         sent = self.traffic["teachers"].total.sent_bytes
-        figures.append(Figure("teachers", sent, formulas.moved_bytes({"all_gather_into_tensor": teachers}, ranks)))
-        return figures
+        found.append(Measured("teachers", sent, formulas.moved_bytes({"all_gather_into_tensor": teachers}, ranks)))
+        return found
 
 
 def _counting_gathers(made: LiveBytes) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds and moves, as formulas: P parameters, R ranks, e bytes an element, A accumulation steps.
+"""Bytes that a rank holds and moves, as formulas: P parameters, R ranks, e bytes per element, A accumulation steps.
 
 Where the textbook's formula differs from what DeepSpeed 0.19 does, this follows DeepSpeed; `docs/memory.md` has both
 beside what was measured. Models come as the elements of each parameter, by optimizer group and in order: shards are
@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
 
 
 def element_bytes(precision: Precision) -> int:
-    """Return e."""
+    """Return e: bytes per element of parameters, gradients and activations."""
     return _ELEMENT_BYTES[precision]
 
 
@@ -167,13 +167,13 @@ def student_traffic(
 
     With Psi = e P, each way times (R-1)/R:
 
-    - ZeRO-0: 2 Psi: gradients are all-reduced once a step.
+    - ZeRO-0: 2 Psi: gradients are all-reduced once per step.
     - ZeRO-2: A Psi and one gather, (A + 1) Psi, where each rank's part of the gradients is reduced to it;
       `use_multi_rank_bucket_allreduce`, DeepSpeed's default, all-reduces every micro-step: (2A + 1) Psi.
     - ZeRO-3: A (3 Psi - kept): gathered for the forward pass, again for the backward pass, then scattered. Kept is what
       is still there when the forward pass turns into the backward pass: up to `max_live_parameters`, or half of
-      `max_reuse_distance`. Persistent parameters are gathered once a step. (A checkpointed block is gathered once more,
-      to be computed again, only where less than a block may be live.)
+      `max_reuse_distance`. Persistent parameters are gathered once per step. (A checkpointed block is gathered once
+      more, to be computed again, only where less than a block may be live.)
     """
     size, counts = element_bytes(precision), [count for group in groups for count in group]
     if stage == 0:
@@ -213,11 +213,11 @@ def moved_bytes(payload: dict[str, int], ranks: int) -> int:
 
 
 def block_activation_bytes(tokens: Tokens, precision: Precision) -> int:
-    """Bytes that a block keeps for its backward pass, with fused attention: 16 n d elements and a few a token.
+    """Bytes that a block keeps for its backward pass, with fused attention: 16 n d elements and a few per token.
 
     Both norms' outputs, Q, K and V (3), the attention's output, the tokens after it, the MLP's two inner tensors
     (2 x mlp_ratio) and the tokens at the end: (8 + 2 mlp_ratio) n d. In float32: mean and deviation of both norms and a
-    sum a head.
+    sum per head.
     """
     places = tokens.batch * tokens.num_tokens
     elements = places * tokens.embed_dim * (8 + 2 * tokens.mlp_ratio)
@@ -231,7 +231,7 @@ def activation_bytes(tokens: Tokens, precision: Precision, *, checkpoint: bool =
     Args:
         tokens: of a micro-step.
         precision: of the run; losses are in float32 whatever it is.
-        checkpoint: keep n d elements a block, and one block's that is computed again.
+        checkpoint: keep n d elements per block, and one block's that is computed again.
     """
     size, places = element_bytes(precision), tokens.batch * tokens.num_tokens
     width = places * tokens.embed_dim

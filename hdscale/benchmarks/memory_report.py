@@ -1,4 +1,4 @@
-"""The memory and traffic tables: which trials, one launch for each number of ranks, and the tables themselves."""
+"""The memory and traffic tables: which trials, one launch per number of ranks, and the tables themselves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and `benchmark.py data` does without
-    from hdscale.benchmarks.memory import Measured
+    from hdscale.benchmarks.memory import TrialResult
     from hdscale.benchmarks.resident_memory import Resident
 
 SMALL = (
@@ -49,7 +49,7 @@ def scaled(ds_config: Mapping[str, Any], times: int) -> dict[str, Any]:
     if times > 1:
         values |= {name: values[name] // times // 2 * 2 for name in _SCALED if name in values}
         if _THRESHOLD in values:
-            values[_THRESHOLD] = 1000  # norms, biases and tokens, as there
+            values[_THRESHOLD] = 1000  # norms, biases and tokens, as in a ViT-L
     return {**ds_config, "zero_optimization": values}
 
 
@@ -151,7 +151,8 @@ def measure_here(options: MemoryOptions, root: Path) -> list[dict[str, Any]] | N
     """Measure what the options say on this launcher's ranks; the first rank gets the figures, the others None."""
     small, recipe = load_recipes(options, root)
     times = options.shrink or (_SMALLER if options.recipe is None else 1)
-    files = {stage: root / f"ds_configs/zero{stage or 2}.json" for stage in options.stages}  # 0: ours alone, see Trial
+    # Nobody trains with ZeRO-0, which is only ever measured: it has no file of its own.
+    files = {stage: root / f"ds_configs/zero{stage or 2}.json" for stage in options.stages}
     configs = {stage: scaled(load_ds_config(path), times) for stage, path in files.items()}
     teacher = scaled(load_ds_config(root / "ds_configs/teacher_zero3.json", stages=(3,)), times)
     warm_up = small if options.resident else None
@@ -175,9 +176,10 @@ def measure_on_ranks(
         recipe: what to train.
         ds_configs: of the student, by the ZeRO stages to measure.
         teacher_ds_config: of sharded teachers.
-        micro_batch_size: images a rank and micro-step.
-        variants: see `table_trials`.
-        warm_up: measure resident memory, of the last stage; see `hdscale.benchmarks.memory.measure_resident`.
+        micro_batch_size: images per rank and micro-step.
+        variants: measure other settings of ZeRO-2 and 3 as well.
+        warm_up: the recipe that `hdscale.benchmarks.resident_memory.measure_resident` trains first, to measure resident
+            memory of the last stage; None: measure tensors and traffic.
     """
     from hdscale.benchmarks.memory import measure
     from hdscale.benchmarks.resident_memory import measure_resident
@@ -186,8 +188,8 @@ def measure_on_ranks(
     with distributed() as ranks:
         if warm_up is None:
             trials = table_trials(list(ds_configs), variants=variants)
-            measured = measure(trials, recipe, ds_configs, teacher_ds_config, micro_batch_size)
-            found = [as_json(one) for one in measured]
+            results = measure(trials, recipe, ds_configs, teacher_ds_config, micro_batch_size)
+            found = [as_json(result) for result in results]
         else:
             ds_config = list(ds_configs.values())[-1]
             resident = measure_resident(
@@ -197,21 +199,21 @@ def measure_on_ranks(
         return found if ranks.is_first else None
 
 
-def as_json(measured: Measured) -> dict[str, Any]:
+def as_json(result: TrialResult) -> dict[str, Any]:
     """Turn a trial's outcome into what JSON can hold."""
     return {
-        **measured._asdict(),
-        "memory": [figure._asdict() for figure in measured.memory],
-        "traffic": [figure._asdict() for figure in measured.traffic],
+        **result._asdict(),
+        "memory": [one._asdict() for one in result.memory],
+        "traffic": [one._asdict() for one in result.traffic],
         "operations": {
             who: {name: operation._asdict() for name, operation in operations.items()}
-            for who, operations in measured.operations.items()
+            for who, operations in result.operations.items()
         },
     }
 
 
 def memory_report(trials: Sequence[Mapping[str, Any]]) -> str:
-    """Return the tables in Markdown, one a ZeRO stage: bytes measured, by formula, and their ratio.
+    """Return the tables in Markdown, one per ZeRO stage: bytes measured, by formula, and their ratio.
 
     What a trial has in common with its stage's first one, on as many ranks, is left out.
     """

@@ -20,7 +20,7 @@ from hdscale.shards.writer import SplitJob, write_split
 WIDTH, HEIGHT = 500, 375
 """The most frequent size of ImageNet's pictures."""
 
-_QUALITY = 92  # 57 KB a picture on average
+_QUALITY = 92  # 57 KB per picture on average
 _LARGEST = (569, 427)  # window of that shape in the photographs, which have 640 x 427 pixels
 _SMALLEST_SHARE = 0.5  # of its sides
 _SHARDS = 24  # several windows of `data.order: windowed`

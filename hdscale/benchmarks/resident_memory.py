@@ -65,7 +65,7 @@ def measure_resident(
         warm_up: a small one, trained first: what it leaves is the libraries' memory.
         ds_config: of the student.
         teacher_ds_config: of sharded teachers.
-        micro_batch_size: images a rank and step.
+        micro_batch_size: images per rank and step.
         steps: to take.
     """
     return_freed_memory()

@@ -89,7 +89,7 @@ def build_teacher(
         field: the section's name, for messages.
 
     Raises:
-        UserError: see `load_source`; or the teacher's grid cannot be the student's; or a layer it does not have.
+        UserError: as `load_source`; or the teacher's grid cannot be the student's; or a layer it does not have.
     """
     model, mean, std = load_source(config, field)
     _set_input_size(model, config, grid_size, field)

@@ -41,7 +41,7 @@ def create_teacher_vit(field: str, arch: dict[str, Any], *, pretrained: bool = F
     """Create what `create_vit` creates, or a transformer with rotary embeddings.
 
     Raises:
-        UserError: as there.
+        UserError: timm has no such model, or it is neither class, or its sizes or weights do not work.
     """
     model = _create(field, arch, pretrained=pretrained, seed=seed)
     if not isinstance(model, VisionTransformer | Eva):
