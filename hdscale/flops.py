@@ -267,11 +267,6 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
 
     What activation checkpointing runs again is left out: the work is not the model's.
 
-    Args:
-        recipe: resolved.
-        distiller: built from the recipe.
-        teachers: built from the recipe; those it has no section for are None.
-
     Raises:
         UserError: `mask.layers` are not blocks of the relation teacher.
     """

@@ -67,14 +67,7 @@ def state_bytes(groups: Groups, stage: Literal[0, 2, 3], ranks: int, precision: 
     - ZeRO-3: e P/R, e P/R and 12 P/R, each parameter rounded up to R equal shards.
 
     16 bits: 2P + 14P/R and 16P/R in sum, as published; float32: 4P + 16P/R and 20P/R, since the master weights are kept
-    beside parameters of the same type.
-
-    Args:
-        groups: of the student.
-        stage: of ZeRO.
-        ranks: R.
-        precision: of the run.
-        rank: whose gradients (ZeRO-2).
+    beside parameters of the same type. Under ZeRO-2, `rank` says whose gradients are counted.
     """
     size, total = element_bytes(precision), sum(map(sum, groups))
     if stage == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hdscale.cluster.launcher import deepspeed_script, free_port
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.config.recipe import Recipe
@@ -87,15 +87,12 @@ def launch(script: Path, arguments: Sequence[str], ranks: int) -> list[dict[str,
     """Run a script under the DeepSpeed launcher and return what its first rank wrote to `--output`.
 
     Raises:
-        UserError: the ranks failed; they have said why.
+        UserError: the ranks failed, and have said why; or DeepSpeed is not installed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="hdscale-memory-") as folder:
         output = Path(folder) / "figures.json"
-        launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--quiet"]
-        launcher += ["--num_gpus", str(ranks), "--master_port", str(port)]
+        launcher = [sys.executable, deepspeed_script(), "--quiet"]
+        launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         command = [*launcher, str(script), *arguments, "--output", str(output)]
         done = subprocess.run(command, check=False, stdout=sys.stderr)
         if done.returncode or not output.exists():

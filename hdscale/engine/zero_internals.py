@@ -41,7 +41,7 @@ def quiet_deepspeed() -> None:
 def communication_backend() -> Any:
     """Return the one object through which DeepSpeed calls collectives; None before the ranks have met.
 
-    Relies on `cdb` in comm/comm.py, and on DeepSpeed calling methods of that object (comm/torch.py), whoever holds it.
+    Relies on `cdb` in comm/comm.py, a `TorchBackend` (comm/torch.py) whose methods DeepSpeed calls, whoever holds it.
     """
     return deepspeed_comm.cdb
 
@@ -55,9 +55,9 @@ def forget_communication_backend() -> None:
 
 
 def forget_mesh() -> None:
-    """Make DeepSpeed forget the last mesh it was given: the next engine would take it for its own.
+    """Make DeepSpeed forget the last mesh it was given, which the whole process keeps: the next engine would take it.
 
-    Relies on `mpu` in utils/groups.py, which DeepSpeed keeps for the whole process.
+    Relies on `mpu` in utils/groups.py.
     """
     groups.mpu = None
 
@@ -65,8 +65,9 @@ def forget_mesh() -> None:
 def unlink_shared_memory(rank: int) -> None:
     """Take back the name of DeepSpeed's buffer for ranks of one host, 67 MB each, which it would leave behind.
 
-    All ranks must have opened it; the memory goes with the last of them. Relies on the file's name, which
-    ops/csrc/cpu/comm/shm.cpp makes from user, address, port and rank.
+    All ranks must have opened it; the memory goes with the last of them.
+
+    Relies on its name: `deepspeed_allreduce_buffer`, user, address, port and rank (ops/csrc/cpu/comm/shm.cpp).
     """
     meeting_point = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{meeting_point}_{rank}"
@@ -76,7 +77,7 @@ def unlink_shared_memory(rank: int) -> None:
 def parse_zero_section(section: Mapping[str, Any]) -> None:
     """Read a `zero_optimization` section as DeepSpeed will.
 
-    Relies on the pydantic model in runtime/zero/config.py.
+    Relies on the pydantic model `DeepSpeedZeroConfig` in runtime/zero/config.py.
 
     Raises:
         pydantic.ValidationError: DeepSpeed would refuse it.
@@ -222,7 +223,8 @@ def create_moments(engine: Engine) -> None:
 def moments_by_partition(engine: Engine) -> list[MutableMapping[str, Any]]:
     """Return AdamW's state of each partition that this rank updates: `step`, `exp_avg` and `exp_avg_sq`.
 
-    Relies on both ZeRO optimizers keeping the one they wrap as `optimizer` (runtime/zero/stage3.py, stage_1_and_2.py).
+    Relies on both ZeRO optimizers keeping the one they wrap as `optimizer` (runtime/zero/stage3.py and
+    runtime/zero/stage_1_and_2.py).
     """
     return list(engine.optimizer.optimizer.state.values())
 
@@ -230,7 +232,8 @@ def moments_by_partition(engine: Engine) -> list[MutableMapping[str, Any]]:
 def read_loss_scaler(engine: Engine) -> dict[str, Any]:
     """Return what the loss scaler remembers; a static one has no `cur_hysteresis`.
 
-    Relies on `loss_scaler` of the ZeRO optimizers, and on its fields (runtime/fp16/loss_scaler.py).
+    Relies on `loss_scaler` of the ZeRO optimizers (runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py), and on its
+    fields, such as `cur_scale` (runtime/fp16/loss_scaler.py).
     """
     scaler = engine.optimizer.loss_scaler
     return {field: getattr(scaler, field) for field in _SCALER_FIELDS if hasattr(scaler, field)}
@@ -239,7 +242,8 @@ def read_loss_scaler(engine: Engine) -> dict[str, Any]:
 def write_loss_scaler(engine: Engine, values: Mapping[str, Any]) -> None:
     """Give the loss scaler what `read_loss_scaler` returned, unless the run goes on in another precision.
 
-    Relies on what `read_loss_scaler` relies on.
+    Relies on `loss_scaler` of the ZeRO optimizers (runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py), and on
+    `cur_hysteresis`, which only a dynamic scaler has (runtime/fp16/loss_scaler.py).
     """
     scaler = engine.optimizer.loss_scaler
     was_dynamic = "cur_hysteresis" in values
@@ -328,7 +332,7 @@ def largest_buckets(engine: Engine) -> Iterator[LargestBuckets]:
     """Look at DeepSpeed's gradient buckets whenever it reduces one inside the block.
 
     Relies on `ipg_buckets`, by dtype, whose `buffer` is a tensor (runtime/zero/stage3.py) or a list of tensors
-    (runtime/zero/stage_1_and_2.py), and on what `communication_backend` relies on.
+    (runtime/zero/stage_1_and_2.py), and on `cdb` (comm/comm.py), whose methods reduce them.
     """
     backend, largest = communication_backend(), LargestBuckets()
     calls = {name: getattr(backend, name) for name in _REDUCTIONS}

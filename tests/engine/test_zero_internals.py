@@ -1,9 +1,21 @@
+import contextlib
 import weakref
+from types import SimpleNamespace
 
+import deepspeed.comm.comm as deepspeed_comm
+import pytest
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from hdscale.engine.zero_internals import release_gathered_weights
+from hdscale.engine.zero_internals import (
+    around_gathers,
+    largest_buckets,
+    own_share,
+    read_loss_scaler,
+    release_gathered_weights,
+    write_loss_scaler,
+)
 
 
 def build():
@@ -45,3 +57,66 @@ def test_a_forward_pass_without_gradients_is_left_alone():
     release_gathered_weights(model)
     with torch.no_grad():
         assert torch.equal(model(torch.ones(2, 6)), expected)
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(6, 2), (5, 2), (5, 4), (1, 3)])
+def test_the_shares_of_all_ranks_are_the_value_and_zeros_behind_it(count, ranks):
+    value = torch.arange(1.0, count + 1).view(1, count)
+    share = -(-count // ranks)
+
+    def share_of(rank):
+        optimizer = SimpleNamespace(_get_param_partition_rank=lambda _: rank)
+        return own_share(SimpleNamespace(ds_tensor=torch.empty(share), _z3_optimizer=optimizer), value)
+
+    shares = [share_of(rank) for rank in range(ranks)]
+    assert [len(one) for one in shares] == [share] * ranks
+    assert torch.cat(shares).tolist() == [*value.flatten().tolist(), *[0.0] * (share * ranks - count)]
+
+
+def test_a_loss_scaler_is_put_back_unless_the_precision_is_another():
+    def engine(**fields):
+        return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(**fields)))
+
+    dynamic = {"cur_scale": 8.0, "cur_iter": 5, "last_overflow_iter": 2, "cur_hysteresis": 1}
+    assert read_loss_scaler(engine(**dynamic, scale_window=7)) == dynamic
+    assert read_loss_scaler(engine(cur_scale=1.0)) == {"cur_scale": 1.0}
+    resumed = engine(**{**dynamic, "cur_scale": 65536.0, "cur_iter": 0})
+    write_loss_scaler(resumed, dynamic)
+    assert read_loss_scaler(resumed) == dynamic
+    static = engine(cur_scale=1.0)
+    write_loss_scaler(static, dynamic)
+    assert read_loss_scaler(static) == {"cur_scale": 1.0}
+
+
+def test_each_gather_is_inside_a_context_of_its_own_until_the_block_ends(monkeypatch):
+    seen = []
+    monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", lambda _, module: seen.append(module))
+
+    @contextlib.contextmanager
+    def context():
+        seen.append("enter")
+        yield
+        seen.append("exit")
+
+    with around_gathers(context):
+        PartitionedParameterCoordinator.fetch_sub_module(None, "block 0")
+        PartitionedParameterCoordinator.fetch_sub_module(None, "block 1")
+    PartitionedParameterCoordinator.fetch_sub_module(None, "block 2")
+    assert seen == ["enter", "block 0", "exit", "enter", "block 1", "exit", "block 2"]
+
+
+def test_buckets_are_measured_whenever_one_is_reduced(monkeypatch):
+    reduced = []
+    calls = dict.fromkeys(("all_reduce", "reduce", "reduce_scatter_tensor"), reduced.append)
+    backend = SimpleNamespace(**calls)
+    monkeypatch.setattr(deepspeed_comm, "cdb", backend)
+    buckets = {torch.float16: SimpleNamespace(buffer=None), torch.float32: SimpleNamespace(buffer=[])}
+    engine = SimpleNamespace(optimizer=SimpleNamespace(ipg_buckets=buckets))
+    with largest_buckets(engine) as largest:
+        for size in (10, 30, 20):
+            buckets[torch.float16].buffer = torch.zeros(size, dtype=torch.float16)
+            buckets[torch.float32].buffer = [torch.zeros(size), torch.zeros(size)]
+            backend.all_reduce(size)
+    assert largest.num_bytes == 30 * 2 + 2 * 30 * 4
+    assert reduced == [10, 30, 20]
+    assert vars(backend) == calls

@@ -1,9 +1,11 @@
 """DeepSpeed's private names stand in one file, so that an upgrade of DeepSpeed breaks one file."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
+import deepspeed
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,35 @@ def test_private_names_of_deepspeed_stand_in_one_file():
     found = {str(path.relative_to(ROOT)): private_names(path.read_text()) for path in sources()}
     assert found.pop(ALONE) >= {"ds_numel", "fp16_groups", "bit16_groups", "cdb"}, "the names are still those in use"
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def private_functions():
+    """What `zero_internals` says its functions rely on: names in backticks, and files of DeepSpeed."""
+    tree = ast.parse((ROOT / ALONE).read_text())
+    for node in ast.walk(tree):
+        docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+        if docstring is not None and "Relies on" in docstring:
+            said = docstring.partition("Relies on")[2]
+            yield node.name, set(re.findall(r"`(?:\w+\.)?(\w+)`", said)), set(re.findall(r"[\w/]+\.(?:py|cpp)", said))
+
+
+def test_a_function_says_of_each_private_name_in_it_that_it_relies_on_it():
+    said = {name: names for name, names, _ in private_functions()}
+    for node in ast.parse((ROOT / ALONE).read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            used = private_names(ast.unparse(node)) - {"optimizer.optimizer"}
+            assert used <= said.get(node.name, set()), node.name
+
+
+@pytest.mark.parametrize(("function", "names", "files"), private_functions())
+def test_what_a_function_relies_on_is_in_the_files_that_it_names(function, names, files):
+    assert names, function
+    assert files, function
+    texts = {file: (Path(deepspeed.__file__).parent / file).read_text() for file in files}
+    for name in names:
+        assert any(re.search(rf"\b{name}\b", text) for text in texts.values()), (function, name)
+    for file, text in texts.items():
+        assert any(re.search(rf"\b{name}\b", text) for name in names), (function, file)
 
 
 def test_deepspeed_is_imported_in_the_engine_and_its_private_modules_in_one_file():
