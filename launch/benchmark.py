@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hdscale.benchmarks.loading import data_report, loading_contenders, read_cold, take_turns
+from hdscale.benchmarks.loading import loading_contenders, loading_report, read_cold, take_turns
 from hdscale.benchmarks.memory_report import (
     MemoryOptions,
     launch,
@@ -25,7 +25,7 @@ from hdscale.benchmarks.memory_report import (
     resident_report,
     started_by_launcher,
 )
-from hdscale.benchmarks.photographs import make_photo_shards
+from hdscale.benchmarks.photographs import make_photograph_shards
 from hdscale.cli import EXIT_DONE, run
 from hdscale.data.index import ShardSet, open_shards
 from hdscale.errors import UserError
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     with tempfile.TemporaryDirectory(prefix="hdscale-") as folder:
         with Progress("making JPEGs", options.images, "pictures", sys.stderr) as progress:
-            make_photo_shards(Path(folder), options.images, progress)
+            make_photograph_shards(Path(folder), options.images, progress)
         _data(open_shards(Path(folder), "train"), options)
     return EXIT_DONE
 
@@ -59,7 +59,7 @@ def _data(shards: ShardSet, options: argparse.Namespace) -> None:
     with Progress("benchmark", len(contenders) * (options.rounds + 1), "runs", sys.stderr) as progress:
         rates = take_turns(contenders, options.rounds, progress)
     readings = [read_cold(shards, options.images, options.img_size, order) for order in ("global", "windowed")]
-    print(data_report(rates, readings))
+    print(loading_report(rates, readings))
     _write(options, {"rates": {rate.name: rate.rounds for rate in rates}, "cold": [one._asdict() for one in readings]})
 
 

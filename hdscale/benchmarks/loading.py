@@ -136,7 +136,7 @@ def read_cold(shards: ShardSet, num_images: int, img_size: int, order: Literal["
     return ColdReading(order, cold, warm, int(shards.index["size"][ids].sum()), bytes_read)
 
 
-def data_report(rates: Sequence[Rates], readings: Sequence[ColdReading]) -> str:
+def loading_report(rates: Sequence[Rates], readings: Sequence[ColdReading]) -> str:
     """Return all figures as a table: medians, and the smallest and largest of all rounds in brackets."""
     ours = next(rate for rate in rates if rate.name == LOADER)
     width = max(len(rate.name) for rate in rates)

@@ -226,7 +226,7 @@ class _Steps:
                 Measured(
                     "gathered, at most",
                     held["gathered"],
-                    formulas.live_bytes(counts, own, precision),
+                    formulas.gathered_bytes(counts, own, precision),
                 )
             )
             small = formulas.persistent_elements(counts, own.param_persistence_threshold)
@@ -236,7 +236,7 @@ class _Steps:
         if self.trial.sharding == "zero3" and ranks > 1:
             asked = teacher_gathering_of(teacher_ds_config)
             sizes = [counts for counts, _ in teacher_counts(self.session)]
-            live = max((formulas.live_bytes(counts, asked, precision) for counts in sizes), default=0)
+            live = max((formulas.gathered_bytes(counts, asked, precision) for counts in sizes), default=0)
             found.append(Measured("teachers gathered, at most", held["teachers gathered"], live))
         return found
 

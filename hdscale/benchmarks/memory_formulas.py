@@ -117,7 +117,7 @@ def largest_sub_group(groups: Groups, ranks: int, sub_group_size: int) -> int:
     return largest
 
 
-def live_bytes(counts: Sequence[int], gathering: Gathering, precision: Precision) -> int:
+def gathered_bytes(counts: Sequence[int], gathering: Gathering, precision: Precision) -> int:
     """Bytes of gathered parameters at most: as many as may be live, and the buffers that they came in.
 
     The limit may be overshot by one parameter; a buffer goes with the last parameter that is taken out of it.

@@ -26,7 +26,7 @@ _SMALLEST_SHARE = 0.5  # of its sides
 _SHARDS = 24  # several windows of `data.order: windowed`
 
 
-class Photos:
+class Photographs:
     """Windows of the two photographs that scikit-learn carries, as JPEGs of 500 x 375 pixels; all differ."""
 
     name = "photos"
@@ -65,9 +65,9 @@ def _photographs() -> list[np.ndarray]:
     return load_sample_images().images  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def make_photo_shards(folder: Path, count: int, progress: Callable[[int], None]) -> None:
-    """Write `count` photos into the split `train` of an empty folder; progress is told how many are done."""
-    source, settings = Photos(count), SplitSettings(samples_per_shard=-(-count // _SHARDS))
+def make_photograph_shards(folder: Path, count: int, progress: Callable[[int], None]) -> None:
+    """Write `count` photographs into the split `train` of an empty folder; progress is told how many are done."""
+    source, settings = Photographs(count), SplitSettings(samples_per_shard=-(-count // _SHARDS))
     listing = source.listing()
     job = SplitJob(
         source=source,

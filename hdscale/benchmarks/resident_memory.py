@@ -124,7 +124,7 @@ def resident_parts(
         small = formulas.persistent_elements(counts, gathering.param_persistence_threshold)
         parts["small parameters, whole"] = size * small
         parts["gradient bucket"] = bucket
-        passes += formulas.live_bytes(counts, gathering, precision)
+        passes += formulas.gathered_bytes(counts, gathering, precision)
         passes += bucket * (dist.get_backend() == "gloo")
         part = formulas.largest_sub_group(groups, ranks.world_size, zero.get("sub_group_size", 10**9))
     else:
@@ -132,7 +132,9 @@ def resident_parts(
     sharded = [sizes for sizes, sharding in teachers if sharding != "replicate"]
     asked = teacher_gathering_of(teacher_ds_config)
     moments = {
-        "while the teachers run": max((formulas.live_bytes(sizes, asked, precision) for sizes in sharded), default=0),
+        "while the teachers run": max(
+            (formulas.gathered_bytes(sizes, asked, precision) for sizes in sharded), default=0
+        ),
         "while the student runs": passes,
         "while the optimizer steps": formulas.step_bytes(part),
     }

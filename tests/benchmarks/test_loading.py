@@ -4,8 +4,17 @@ import torch
 from webdataset.writer import TarWriter
 
 from hdscale.benchmarks import loading as benchmark
-from hdscale.benchmarks.loading import DECODE, LOADER, USUAL, VIEW, ColdReading, Rates, data_report, loading_contenders
-from hdscale.benchmarks.photographs import HEIGHT, WIDTH, Photos, make_photo_shards
+from hdscale.benchmarks.loading import (
+    DECODE,
+    LOADER,
+    USUAL,
+    VIEW,
+    ColdReading,
+    Rates,
+    loading_contenders,
+    loading_report,
+)
+from hdscale.benchmarks.photographs import HEIGHT, WIDTH, Photographs, make_photograph_shards
 from hdscale.benchmarks.usual_pipeline import jpeg_decoders, usual_pipeline, view_makers
 from hdscale.data.decode import decode_rgb, decode_view
 from hdscale.data.index import open_shards
@@ -18,7 +27,7 @@ from hdscale.shards.labels import label_rule
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    make_photo_shards(folder, 48, lambda count: None)
+    make_photograph_shards(folder, 48, lambda count: None)
     return open_shards(folder, "train")
 
 
@@ -27,7 +36,7 @@ def test_photos_are_different_jpegs_of_real_size(photos):
     assert len(set(pictures)) == 48
     assert all(decode_rgb(data).shape == (3, HEIGHT, WIDTH) for data in pictures)
     assert 45e3 < np.mean([len(data) for data in pictures]) < 70e3
-    assert Photos(48).read("photo-000007").data == Photos(9).read("photo-000007").data
+    assert Photographs(48).read("photo-000007").data == Photographs(9).read("photo-000007").data
     assert len(photos.manifest.shards) == 24
 
 
@@ -115,7 +124,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count(monkeypatch):
 def test_the_report_compares_round_by_round():
     rates = [Rates(LOADER, (300.0, 100.0, 200.0)), Rates(USUAL, (100.0, 50.0, 40.0))]
     readings = [ColdReading("global", 50.0, 100.0, 1000, 1500), ColdReading("windowed", 80.0, 100.0, 1000, 0)]
-    lines = data_report(rates, readings).splitlines()
+    lines = loading_report(rates, readings).splitlines()
     assert lines[1].split()[-8:] == ["200", "(100", "..", "300)", "1.00", "(1.00", "..", "1.00)"]
     assert lines[2].split()[-8:] == ["50", "(40", "..", "100)", "3.00", "(2.00", "..", "5.00)"]
     assert lines[-2].split() == ["global", "50", "50%", "1.50"]

@@ -8,8 +8,8 @@ from hdscale.benchmarks.memory_formulas import (
     activation_bytes,
     block_activation_bytes,
     bucket_bytes,
+    gathered_bytes,
     largest_sub_group,
-    live_bytes,
     moved_bytes,
     persistent_elements,
     shard_elements,
@@ -76,9 +76,9 @@ def test_buckets_and_the_steps_temporaries():
 
 def test_live_parameters_are_bounded_by_the_settings_and_by_the_model():
     gathering = Gathering(max_live_parameters=30, max_reuse_distance=0)
-    assert live_bytes([10] * 10, gathering, "fp16") == 2 * 2 * (30 + 10)
-    assert live_bytes([10, 10], gathering, "fp16") == 2 * 2 * 20
-    assert live_bytes([10] * 10, gathering._replace(max_reuse_distance=120), "fp32") == 2 * 4 * 70
+    assert gathered_bytes([10] * 10, gathering, "fp16") == 2 * 2 * (30 + 10)
+    assert gathered_bytes([10, 10], gathering, "fp16") == 2 * 2 * 20
+    assert gathered_bytes([10] * 10, gathering._replace(max_reuse_distance=120), "fp32") == 2 * 4 * 70
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
