@@ -189,11 +189,11 @@ def release_gathered_weights(module: nn.Module) -> None:
 
     forward = module.forward
 
-    def forward_and_let_go(*args: Any, **kwargs: Any) -> Any:
+    def forward_and_release(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(pack, unpack):
             return forward(*args, **kwargs)
 
-    module.forward = forward_and_let_go
+    module.forward = forward_and_release
 
 
 def create_moments(engine: Engine) -> None:
