@@ -10,7 +10,7 @@ from hdscale.evaluation.measure import measure_attention, measure_decoder_attent
 from hdscale.student.build import build_student
 from hdscale.student.decoder import build_decoder
 from hdscale.types import Batch, ViTOutput
-from hdscale.vit.encoder import ViTEncoder
+from hdscale.vit.encoder import Outputs, ViTEncoder
 
 GRID, PREFIX, HEADS, WIDTH = 3, 1, 2, 4
 
@@ -82,9 +82,8 @@ def test_a_teacher_of_larger_patches_is_measured_in_pixels_of_the_view():
     config = TeacherConfig(source="timm", name="vit_tiny_patch16_224", weights="random")
     candidate = teacher_candidate(config, GRID, "feature_teacher")
     batches = make_batches([2])
-    encoder = ViTEncoder(
-        candidate.model.encoder.model, relation_layers=range(candidate.model.depth), final=None, tokens="full"
-    ).eval()
+    outputs = Outputs(relation_layers=range(candidate.model.depth), final=None)
+    encoder = ViTEncoder(candidate.model.encoder.model, outputs, tokens="full").eval()
     with torch.no_grad():  # it is fed 48 pixels for its 3 x 3 patches of 16; the view has 24
         output = encoder(candidate.model.preprocess(batches[0].images, torch.float32))
     for img_size in (24, 48):
