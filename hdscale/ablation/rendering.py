@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING, NamedTuple
 
 from hdscale.ablation.results import difference, pairs, paper_difference
+from hdscale.grid import markdown_grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,7 +102,7 @@ def _main_table(report: Report) -> list[str]:
         cells += [_cell(result.figure(name), decimals) for name, (_, _, decimals) in _FIGURES.items()]
         cells += [_significant(result.cost("gflops")), _number(result.cost("images_per_second"), 0)]
         rows.append(cells)
-    return _grid(header, rows)
+    return markdown_grid(header, rows)
 
 
 def _layer_table(report: Report, name: str) -> list[str]:
@@ -114,28 +115,13 @@ def _layer_table(report: Report, name: str) -> list[str]:
             curves.append((f"{result.row.name}: its decoder", decoder))
     depth = max((len(curve) for _, curve in curves), default=0)
     header = [f"{called}{unit}, layer", *(str(layer) for layer in range(1, depth + 1))]
-    return _grid(
+    return markdown_grid(
         header,
         [
             [title, *(_number(value, decimals) for value in curve), *[_NOTHING] * (depth - len(curve))]
             for title, curve in curves
         ],
     )
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join([first, *others])} |"
-
-    rule = [f"{'-' * (width - 1)}{':' if place else '-'}" for place, width in enumerate(widths)]
-    return [line(header), line(rule), *(line(row) for row in rows)]
 
 
 def _caption(report: Report) -> str:

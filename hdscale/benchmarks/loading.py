@@ -23,6 +23,7 @@ from hdscale.data.index import ShardSet
 from hdscale.data.loader import RankShare, TrainLoader
 from hdscale.data.order import build_order
 from hdscale.data.views import ViewParameters, view_parameters
+from hdscale.grid import grid
 
 LOADER = "hdscale's loader: tar to uint8 batches"
 USUAL = "usual pipeline: webdataset, Pillow, torchvision to float batches"
@@ -139,14 +140,14 @@ def read_cold(shards: ShardSet, num_images: int, img_size: int, order: Literal["
 def loading_report(rates: Sequence[Rates], readings: Sequence[ColdReading]) -> str:
     """Return all figures as a table: medians, and the smallest and largest of all rounds in brackets."""
     ours = next(rate for rate in rates if rate.name == LOADER)
-    width = max(len(rate.name) for rate in rates)
-    lines = [f"{'one core':{width}}  {'images/s':>18}  {'loader against it':>18}"]
-    lines += [f"{rate.name:{width}}  {_spread(rate, 0):>18}  {_spread(ours.against(rate), 2):>18}" for rate in rates]
-    lines += ["", f"{'cold page cache':15}  {'images/s':>8}  {'of warm':>7}  read / pictures' bytes"]
-    for reading in readings:
-        share = f"{reading.cold / reading.warm:.0%}"
-        lines.append(f"{reading.order:15}  {reading.cold:8.0f}  {share:>7}  {_amplification(reading)}")
-    return "\n".join(lines)
+    header = ("one core", f"{'images/s':>18}", "loader against it")
+    turns = grid(header, [(rate.name, _spread(rate, 0), _spread(ours.against(rate), 2)) for rate in rates])
+    cold = grid(
+        ("cold page cache", "images/s", "of warm", "read / pictures' bytes"),
+        [(one.order, f"{one.cold:.0f}", f"{one.cold / one.warm:.0%}", _amplification(one)) for one in readings],
+        align="<>><",
+    )
+    return "\n".join([*turns, "", *cold])
 
 
 def _spread(rate: Rates, digits: int) -> str:

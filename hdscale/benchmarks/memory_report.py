@@ -16,6 +16,7 @@ from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
+from hdscale.grid import markdown_grid
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and `benchmark.py data` does without
     from hdscale.benchmarks.memory import TrialResult
@@ -214,17 +215,17 @@ def memory_report(trials: Sequence[Mapping[str, Any]]) -> str:
 
     What a trial has in common with its stage's first one, on as many ranks, is left out.
     """
+    header = ("trial", "what", "ranks", "measured", "formula", "ratio")
     lines = []
     for stage in sorted({trial["stage"] for trial in trials}):
         chosen = [trial for trial in trials if trial["stage"] == stage]
         for kind, title in (("memory", "bytes a rank holds"), ("traffic", "bytes a rank sends in an optimizer step")):
-            lines += [f"### ZeRO-{stage}: {title}", "", "| trial | what | ranks | measured | formula | ratio |"]
-            lines += ["|---|---|---|---|---|---|", *_rows(chosen, kind), ""]
+            lines += [f"### ZeRO-{stage}: {title}", "", *markdown_grid(header, _rows(chosen, kind), padded=False), ""]
     return "\n".join(lines)
 
 
-def _rows(trials: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
-    lines = []
+def _rows(trials: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[str, ...]]:
+    cells = []
     for name in dict.fromkeys(trial["trial"] for trial in trials):
         rows = []
         for trial in trials:
@@ -238,9 +239,8 @@ def _rows(trials: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
             measured, formula = figure["measured"], figure["formula"]
             if measured or formula:
                 said = "-" if formula is None else f"{formula:,}"
-                values = f"{ranks} | {measured:,} | {said} | {_ratio(measured, formula)}"
-                lines.append(f"| {name} | {figure['what']} | {values} |")
-    return lines
+                cells.append((name, figure["what"], f"{ranks}", f"{measured:,}", said, _ratio(measured, formula)))
+    return cells
 
 
 def _ratio(measured: int, formula: int | None) -> str:

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from hdscale.evaluation.accuracy import Difference
+from hdscale.grid import grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,23 +51,12 @@ def render_probe(result: Accuracy, num_train: int) -> str:
 def render_summary(rows: Sequence[SummaryRow], *, neighbors: int) -> str:
     """Return the table and the comparison of students as plain text."""
     depth = min((LAST_LAYERS, *(len(row.curves.nmi) for row in rows if row.curves is not None)))
-    header = (
-        "model",
-        "k-NN %",
-        f"head distance px, last {depth} layers",
-        f"NMI, last {depth} layers",
-        "images/s",
-    )
-    table = [header, *(_cells(row, depth) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in table
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    layers = f"last {depth} layers"
+    header = ("model", "k-NN %", f"head distance px, {layers}", f"NMI, {layers}", "images/s")
+    lines = grid(header, [_cells(row, depth) for row in rows], ruled=True)
     lines += ["", f"k-NN: k = {neighbors}, {rows[0].knn.num} held-out samples, accuracy +- its standard error"]
     lines += [_sentence(difference) for difference in student_differences(rows)]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def summary_json(rows: Sequence[SummaryRow]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hdscale.cluster.device import Check
+from hdscale.grid import grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,9 +25,8 @@ def render(columns: Mapping[str, Sequence[Check]]) -> str:
     }
     rows = list(dict.fromkeys(check.name for machine in heads for check in columns[machine]))
     cells = {machine: {check.name: _cell(check) for check in columns[machine]} for machine in heads}
-    lines = [["", *heads.values()]] + [[row, *(cells[machine].get(row, "") for machine in heads)] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    lines = [[row, *(cells[machine].get(row, "") for machine in heads)] for row in rows]
+    text = grid(["", *heads.values()], lines, align="<" * (1 + len(heads)))
     failures = [
         f"{machine}: {check.name}: {check.found}; {check.what_to_do}"
         for machine, checks in columns.items()
