@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import psutil
 
-from hdscale.ablation.scales import ROOT
-from hdscale.cluster.launcher import deepspeed_script, free_port
+from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
+from hdscale.provenance import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,13 +50,10 @@ class Launcher(NamedTuple):
 
     def command(self, job: Job, port: int | None = None) -> list[str]:
         """Return the job's command line; without a port, as a person would type it."""
-        script = str(ROOT / job.script)
+        script = ROOT / job.script
         if not job.on_ranks:
-            return [sys.executable if port else "python", script, *job.arguments]
-        start = [sys.executable, deepspeed_script()] if port else ["deepspeed"]
-        hosts = [] if self.hostfile is None else ["--hostfile", str(self.hostfile)]
-        quiet = ["--quiet", "--master_port", str(port)] if port else []
-        return [*start, *quiet, *hosts, "--num_gpus", str(self.ranks), script, *job.arguments]
+            return [sys.executable if port else "python", str(script), *job.arguments]
+        return deepspeed_command(script, job.arguments, port=port, num_gpus=self.ranks, hostfile=self.hostfile)
 
     def run(self, job: Job) -> str | None:
         """Run a job to its end; return None, or in one line why it failed.
@@ -72,7 +69,7 @@ class Launcher(NamedTuple):
             with log.open("w") as file:
                 command = self.command(job, free_port())
                 has_ranks = job.on_ranks and self.hostfile is None
-                code = _wait(command, self._environment(), file, has_ranks=has_ranks)
+                code = _wait(command, launch_environment(on_cpu=self.scale.on_cpu), file, has_ranks=has_ranks)
         except OSError as error:
             raise UserError(f"--output: {log} cannot be written ({error.strerror}): choose another folder") from error
         if code == 0 and job.marks:
@@ -80,17 +77,6 @@ class Launcher(NamedTuple):
             job.marker.write_text("")
         self._say(f"{job.name}: {time.monotonic() - started:.0f} s, exit code {code}")
         return None if code == 0 and job.is_done else f"{job.name}: {_reason(log, code)}"
-
-    def _environment(self) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        # The launcher's workers must find this hdscale, and ninja beside this Python.
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-        env.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if self.scale.on_cpu:
-            env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"}
-            env.setdefault("OMP_NUM_THREADS", "1")
-        return env
 
     def _say(self, text: str) -> None:
         if self.stream is not None:

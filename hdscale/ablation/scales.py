@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hdscale.errors import UserError
+from hdscale.provenance import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = "{output}"
 """Stands for the ablation's folder in the strings below."""
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hdscale.cluster.launcher import deepspeed_script, free_port
+from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.config.recipe import Recipe
@@ -92,10 +92,9 @@ def launch(script: Path, arguments: Sequence[str], ranks: int) -> list[dict[str,
     """
     with tempfile.TemporaryDirectory(prefix="hdscale-memory-") as folder:
         output = Path(folder) / "figures.json"
-        launcher = [sys.executable, deepspeed_script(), "--quiet"]
-        launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port())]
-        command = [*launcher, str(script), *arguments, "--output", str(output)]
-        done = subprocess.run(command, check=False, stdout=sys.stderr)
+        words = [*arguments, "--output", str(output)]
+        command = deepspeed_command(script, words, port=free_port(), num_gpus=ranks)
+        done = subprocess.run(command, env=launch_environment(), check=False, stdout=sys.stderr)
         if done.returncode or not output.exists():
             raise UserError(f"{ranks} ranks ended with exit code {done.returncode}: see above")
         return json.loads(output.read_text())

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented there
 
-from hdscale.cluster.launcher import check_hostfile, planned_hosts
+from hdscale.cluster.launcher import check_hostfile, free_port, planned_hosts
 from hdscale.cluster.rendezvous import POLL_SECONDS, READY_SECONDS, Rendezvous, name_ranks, one_line
 from hdscale.config.loading import flat_fields
 from hdscale.errors import UserError
@@ -189,10 +189,8 @@ def _launched_or_alone() -> Iterator[bool]:
     if "RANK" in os.environ:
         yield True
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(free_port())
     os.environ.update(alone)
     try:
         yield False

@@ -1,8 +1,8 @@
-"""What the launcher keeps to itself: read from the command lines of our ancestors.
+"""DeepSpeed's launcher: how commands start it, and what it keeps to itself.
 
-DeepSpeed's takes `--hostfile` out of the arguments, and a hostfile that is not there makes it fall back to a local run
-with a warning. A person who named a hostfile wants those hosts or an error. Its second stage, one process a host, gets
-the hosts as `--world_info`.
+It takes `--hostfile` out of the arguments, and a hostfile that is not there makes it fall back to a local run with a
+warning. A person who named a hostfile wants those hosts or an error. Its second stage, one process per host, gets the
+hosts as `--world_info`. Both are read from the command lines of our ancestors.
 """
 
 from __future__ import annotations
@@ -14,11 +14,96 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hdscale.errors import UserError
+from hdscale.provenance import ROOT
 
 _PROC = Path("/proc")
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which a process knows that it is a rank, and which one."""
+
+
+def deepspeed_command(
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    port: int | None,
+    num_gpus: int | None = None,
+    hostfile: Path | None = None,
+    quiet: bool = True,
+) -> list[str]:
+    """Return the command line that starts a script on ranks.
+
+    Args:
+        script: what each rank runs.
+        arguments: of the script.
+        port: where the ranks meet, from `free_port`; None: the command as a person would type it.
+        num_gpus: ranks per host; None: as the hostfile says.
+        hostfile: None: this machine alone.
+        quiet: without the launcher's own log; not for a person.
+
+    Raises:
+        UserError: DeepSpeed's launcher is not installed.
+    """
+    words = ["deepspeed"]
+    if port is not None:
+        words = [sys.executable, _deepspeed_script(), *(["--quiet"] if quiet else []), "--master_port", str(port)]
+    if hostfile is not None:
+        words += ["--hostfile", str(hostfile)]
+    if num_gpus is not None:
+        words += ["--num_gpus", str(num_gpus)]
+    return [*words, str(script), *arguments]
+
+
+def _deepspeed_script() -> str:
+    """Return DeepSpeed's launcher: the one beside this Python, or the one on the PATH."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise UserError("the command deepspeed is not installed: pip install -r requirements.txt")
+    return found
+
+
+def free_port() -> int:
+    """Return a port that nobody uses: two launches on one machine must not meet at the launcher's default port."""
+    with socket.socket() as free:
+        free.bind(("", 0))  # on all interfaces, as rank 0 will
+        return free.getsockname()[1]
+
+
+def launch_environment(*, on_cpu: bool = False) -> dict[str, str]:
+    """Return what a command of hdscale's is started with: this process's environment, and this very hdscale.
+
+    Args:
+        on_cpu: hide the GPUs, and keep ranks that share the cores from taking all of them each.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    # The launcher's workers must find this hdscale, and ninja beside this Python.
+    env["PYTHONPATH"] = python_path(ROOT, env)
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if on_cpu:
+        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"}
+        env.setdefault("OMP_NUM_THREADS", "1")
+    return env
+
+
+def python_path(folder: Path, environment: Mapping[str, str]) -> str:
+    """Return a PYTHONPATH on which a folder comes before what is there already."""
+    return os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
+
+
+def add_own_tools_to_path() -> None:
+    """Put this Python's folder on the PATH: DeepSpeed looks for ninja there.
+
+    A process that was started over SSH has not activated its virtual environment; it would find no ninja, or the
+    system's, whose log differs, so that the same ops are compiled again and again.
+    """
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
 
 
 def check_hostfile(command_lines: list[list[str]] | None = None) -> None:
@@ -47,7 +132,7 @@ def planned_hosts(world_size: int, command_lines: list[list[str]] | None = None)
         command_lines: as for `check_hostfile`.
 
     Returns:
-        A name a rank: from DeepSpeed's launcher, or from HDSCALE_HOSTS, comma-separated names of hosts with equal
+        One name per rank: from DeepSpeed's launcher, or from HDSCALE_HOSTS, comma-separated names of hosts with equal
         numbers of consecutive ranks (launch/slurm/train.sbatch). None for each where neither is there (torchrun).
     """
     for arguments in ancestor_command_lines() if command_lines is None else command_lines:
@@ -99,30 +184,3 @@ def _hostfile_argument(arguments: list[str]) -> str | None:
         if word.endswith(".py"):
             break
     return None
-
-
-def add_own_tools_to_path() -> None:
-    """Put this Python's folder on the PATH: DeepSpeed looks for ninja there.
-
-    A process that was started over SSH has not activated its virtual environment; it would find no ninja, or the
-    system's, whose log differs, so that the same ops are compiled again and again.
-    """
-    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    if folder not in path.split(os.pathsep):
-        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
-
-
-def deepspeed_script() -> str:
-    """Return DeepSpeed's launcher: the one beside this Python, or the one on the PATH."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise UserError("the command deepspeed is not installed: pip install -r requirements.txt")
-    return found
-
-
-def free_port() -> int:
-    """Two launches on one machine must not meet at the launcher's default port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -6,15 +6,15 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,13 +127,13 @@ def launch_all_reduce(script: Path, hostfile: Path | None, num_devices: int) -> 
     Returns:
         The rates and nothing, or no rates and what went wrong.
     """
-    with socket.socket() as free:  # 29500 may be a running training's
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(port)]
-    where = ["--num_gpus", str(num_devices)] if hostfile is None else ["--hostfile", str(hostfile)]
+    num_gpus = num_devices if hostfile is None else None
+    arguments = ["--all-reduce"]
+    # Not quiet: of a launch that fails, the launcher's own lines may be all there is.
+    command = deepspeed_command(script, arguments, port=free_port(), num_gpus=num_gpus, hostfile=hostfile, quiet=False)
     with subprocess.Popen(
-        [*launcher, *where, str(script), "--all-reduce"],
+        command,
+        env=launch_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hdscale.cluster.device import Check
+from hdscale.cluster.launcher import python_path
 from hdscale.preflight.machine import Facts, Question, check_run_root, marked
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ def _check_tool(name: str, purpose: str) -> Check:
 
 def remote_command(question: Question, script: Path, environment: Mapping[str, str]) -> str:
     """Return the shell command that makes a machine print its facts, from the same folder and by the same Python."""
-    here = str(Path.cwd())
+    here = Path.cwd()
     exported = {name: value for name, value in environment.items() if name.startswith(_EXPORTED)}
     # As the launcher does: this folder's hdscale, whatever is installed.
-    exported["PYTHONPATH"] = ":".join(filter(None, [here, environment.get("PYTHONPATH")]))
+    exported["PYTHONPATH"] = python_path(here, environment)
     for folder in (Path(environment.get("HOME", ".")), Path()):
         if (folder / _ENVIRONMENT_FILE).is_file():
             lines = (folder / _ENVIRONMENT_FILE).read_text().splitlines()
@@ -84,7 +85,7 @@ def remote_command(question: Question, script: Path, environment: Mapping[str, s
     settings = [f"{name}={value}" for name, value in exported.items()]
     asked = {name: None if value is None else str(value) for name, value in question._asdict().items()}
     words = ["env", *settings, sys.executable, str(script), "--facts", json.dumps(asked)]
-    return f"cd {shlex.quote(here)} && exec {shlex.join(words)}"
+    return f"cd {shlex.quote(str(here))} && exec {shlex.join(words)}"
 
 
 def question_from_json(text: str) -> Question:

@@ -1,12 +1,19 @@
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hdscale.cluster.launcher import check_hostfile
+from hdscale.cluster.launcher import (
+    check_hostfile,
+    deepspeed_command,
+    free_port,
+    launch_environment,
+)
 from hdscale.errors import UserError
+from hdscale.provenance import ROOT
 
 PYTHON, DEEPSPEED = "/usr/bin/python3", "/venv/bin/deepspeed"
 
@@ -51,3 +58,55 @@ def test_the_ancestors_of_this_process_are_found():
     mine = Path("/proc/self/cmdline").read_bytes().decode().split("\0")[:-1]
     assert json.loads(done.stdout)[0] == mine
     check_hostfile()
+
+
+def test_a_started_command_names_its_port_and_a_person_s_does_not():
+    script, hosts = Path("launch/train.py"), Path("hosts")
+    python, launcher, *words = deepspeed_command(script, ["run.name=a"], port=1234, num_gpus=8, hostfile=hosts)
+    assert python == sys.executable
+    assert Path(launcher).name == "deepspeed"
+    where = ["--hostfile", "hosts", "--num_gpus", "8", "launch/train.py", "run.name=a"]
+    assert words == ["--quiet", "--master_port", "1234", *where]
+    assert deepspeed_command(script, ["run.name=a"], port=None, num_gpus=8, hostfile=hosts) == ["deepspeed", *where]
+
+
+def test_a_hostfile_alone_decides_how_many_ranks_there_are():
+    words = deepspeed_command(Path("script.py"), [], port=1234, hostfile=Path("hosts"), quiet=False)
+    assert words[2:] == ["--master_port", "1234", "--hostfile", "hosts", "script.py"]
+
+
+def test_a_launcher_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="the command deepspeed is not installed: pip install"):
+        deepspeed_command(Path("script.py"), [], port=1234)
+    (tmp_path / "deepspeed").write_text("")
+    assert deepspeed_command(Path("script.py"), [], port=1234)[1] == str(tmp_path / "deepspeed")
+
+
+def test_a_free_port_is_nobody_s():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
+        server.listen()
+        assert free_port() != server.getsockname()[1]
+
+
+def test_a_launch_gets_this_hdscale_and_forgets_which_rank_started_it(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.setenv("PATH", "/tools")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    env = launch_environment()
+    assert env["PYTHONPATH"] == f"{ROOT}:/mine"
+    assert env["PATH"] == f"{Path(sys.executable).parent}:/tools"
+    assert env["CUDA_VISIBLE_DEVICES"] == "3"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(env)
+    assert launch_environment(on_cpu=True) == env | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert launch_environment(on_cpu=True)["OMP_NUM_THREADS"] == "1"

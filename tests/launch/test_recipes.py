@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import open_clip
 import pytest
 import timm
 
+from hdscale.cluster.launcher import launch_environment
 from hdscale.config.loading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,9 +20,7 @@ RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def outcome(world):
     """What one process found out about all recipes."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in ours}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = launch_environment() | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests/launch/step_recipes.py"), str(world.folder)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

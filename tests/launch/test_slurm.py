@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from hdscale.cluster.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "launch/slurm/train.sbatch"
@@ -165,10 +166,8 @@ def test_slurm_and_torchrun_train_alike(cluster, world, tmp_path):
     assert code == 0, out
     assert requeued(tmp_path) == []
     assert (root / "slurm/DONE").exists()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun += ["--master_port", str(free_port())]
     done = subprocess.run(
         [*torchrun, "launch/train.py", *recipe(world, root, "torchrun", two_steps)],
         cwd=ROOT,

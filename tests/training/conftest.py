@@ -1,11 +1,11 @@
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = ROOT / "tests/training/scenarios.py"
@@ -14,25 +14,19 @@ SCENARIOS = ROOT / "tests/training/scenarios.py"
 @pytest.fixture(scope="session")
 def two_ranks(world):
     """What the two ranks of one DeepSpeed launch have found out, by scenario."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed")]
-    return run_scenarios(world, [*launcher, "--num_gpus", "2", "--master_port", str(port)], "2")
+    arguments = [str(world.folder), "2"]
+    return run_scenarios(world, deepspeed_command(SCENARIOS, arguments, port=free_port(), num_gpus=2, quiet=False), "2")
 
 
 @pytest.fixture(scope="session")
 def one_rank(world, two_ranks):
     """The same of a single process without launcher; it goes on with what two ranks have written."""
-    return run_scenarios(world, [sys.executable], "1")
+    return run_scenarios(world, [sys.executable, str(SCENARIOS), str(world.folder), "1"], "1")
 
 
-def run_scenarios(world, launcher, ranks):
+def run_scenarios(world, command, ranks):
     # What other tests of this process have set must not reach the ranks.
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in ours}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(SCENARIOS), str(world.folder), ranks]
+    env = launch_environment() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return json.loads((world.folder / f"results-{ranks}.json").read_text())
