@@ -1,19 +1,18 @@
-"""Fixed integer hashes: order, views and random masks must not change with a library's version.
+"""Fixed integer hashes, and digests of files and values.
 
-`numpy.random.Generator` streams may change between NumPy releases; these functions are written out and never will.
+Order, views and random masks must not change with a library's version: `numpy.random.Generator` streams may change
+between NumPy releases; the integer hashes are written out and never will.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -84,3 +83,9 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short_value(value: Any, write: Callable[[Any], str] = str) -> str:
+    """Write a value for a message: of a sha256 the first 12 digits, of anything else what `write` makes of it."""
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"sha256 {value[:12]}..." if is_digest else write(value)

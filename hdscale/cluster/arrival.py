@@ -24,6 +24,7 @@ from hdscale.cluster.launcher import check_hostfile, free_port, planned_hosts
 from hdscale.cluster.rendezvous import POLL_SECONDS, READY_SECONDS, Rendezvous, name_ranks, one_line
 from hdscale.config.loading import flat_fields
 from hdscale.errors import UserError
+from hdscale.hashing import short_value
 from hdscale.provenance import source_digest, versions
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _meeting(facts: Mapping[str, Any], seconds: float) -> Iterator[Rendezvous]:
 def _code_facts() -> dict[str, str]:
     # Ranks with and without a GPU would wait for each other in different backends.
     device = "GPU" if torch.cuda.is_available() else "CPU"
-    return {**versions(), "hdscale's source": f"sha256 {source_digest()[:12]}...", "kind of device": device}
+    return {**versions(), "hdscale's source": short_value(source_digest()), "kind of device": device}
 
 
 def _arrive(facts: Mapping[str, Any], seconds: float) -> Rendezvous:

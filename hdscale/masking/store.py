@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hdscale.errors import UserError
+from hdscale.hashing import short_value
 from hdscale.masking.bits import row_bytes, rows_with_other_count, unpack_indices
 from hdscale.staging import remove_leftovers, staged
 
@@ -236,11 +237,8 @@ def _refuse_differences(path: Path, found: dict[str, Any], wanted: dict[str, Any
     names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if names:
         differences = ", ".join(
-            f"another {name} ({_short(found.get(name))}, {who} {_short(wanted.get(name))})" for name in names
+            f"another {name} ({short_value(found.get(name), json.dumps)}, {who} "
+            f"{short_value(wanted.get(name), json.dumps)})"
+            for name in names
         )
         raise UserError(f"{path / 'manifest.json'}: the masks were made with {differences}: {OTHER_STORE}")
-
-
-def _short(value: Any) -> str:
-    is_digest = isinstance(value, str) and len(value) == 64
-    return f"sha256 {value[:12]}..." if is_digest else json.dumps(value)

@@ -22,6 +22,7 @@ from hdscale.engine.zero import build_student_engine, student_ds_config
 from hdscale.engine.zero_internals import Engine
 from hdscale.engine.zero_state import restore
 from hdscale.errors import UserError
+from hdscale.hashing import short_value
 from hdscale.runs.checkpoint import Checkpoint, newest_checkpoint
 from hdscale.runs.folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
 from hdscale.training.schedule import Schedule, build_schedule
@@ -116,8 +117,8 @@ def with_fingerprints(run: Run, fingerprints: Mapping[str, Any]) -> Run:
         for name in sorted(fingerprints):
             if before.get(name) != fingerprints[name] and not is_allowed(name, run.allow_change):
                 raise UserError(
-                    f"{run.checkpoint.path}: was made with another {name} ({_short(before.get(name))}, now "
-                    f"{_short(fingerprints[name])}): put it back, choose another run.name, or pass "
+                    f"{run.checkpoint.path}: was made with another {name} ({short_value(before.get(name))}, now "
+                    f"{short_value(fingerprints[name])}): put it back, choose another run.name, or pass "
                     f"--allow-change {name!r}"
                 )
     return run._replace(fingerprints={**run.fingerprints, **fingerprints})
@@ -138,11 +139,6 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
     return engine
 
 
-def _short(value: Any) -> str:
-    is_digest = isinstance(value, str) and len(value) == 64
-    return f"sha256 {value[:12]}..." if is_digest else str(value)
-
-
 def _check_ranks_agree(run: Run, ranks: Ranks) -> None:
     """Compare what each rank has found out alone: one that read another checkpoint would train another model."""
     mine = {
@@ -151,5 +147,5 @@ def _check_ranks_agree(run: Run, ranks: Ranks) -> None:
         **run.fingerprints,
     }
     everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, {name: _short(value) for name, value in mine.items()})
+    dist.all_gather_object(everyone, {name: short_value(value) for name, value in mine.items()})
     check_same(everyone, ranks.hosts)
