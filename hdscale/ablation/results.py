@@ -6,6 +6,8 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from hdscale.evaluation.accuracy import Difference
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -51,18 +53,6 @@ class RowResult(NamedTuple):
         """Return `gflops` or `images_per_second`, the mean over seeds; None for a teacher that was only measured."""
         values = [value for measures in self.measures if (value := getattr(measures, name)) is not None]
         return statistics.fmean(values) if values else None
-
-
-class Difference(NamedTuple):
-    """A figure of one row less that of the row it is compared with."""
-
-    value: float
-    standard_error: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is at least twice its standard error."""
-        return self.value != 0 and abs(self.value) >= 2 * self.standard_error
 
 
 def difference(result: RowResult, reference: RowResult, name: str) -> Difference | None:

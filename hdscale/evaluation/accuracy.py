@@ -1,4 +1,4 @@
-"""Accuracy on held-out samples, with the error that their number leaves."""
+"""Accuracy on held-out samples with the error that their number leaves, and differences with theirs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ def accuracy_of(correct: int, num: int) -> Accuracy:
 
 
 class Difference(NamedTuple):
-    """How much better one student is than another, in shares of held-out samples."""
+    """One measured figure less another, in the unit of both."""
 
-    first: str
-    second: str
-    accuracy: float  # first minus second
+    value: float
     standard_error: float
 
     @property
     def is_clear(self) -> bool:
         """Whether it is at least twice its standard error."""
-        return self.accuracy != 0 and abs(self.accuracy) >= 2 * self.standard_error
+        return self.value != 0 and abs(self.value) >= 2 * self.standard_error

@@ -21,18 +21,20 @@ LAST_LAYERS = 4
 _NOTHING = "-"
 
 
-def student_differences(rows: Sequence[SummaryRow]) -> list[Difference]:
-    """Compare every two students; the errors are taken as independent, which overstates them on shared samples."""
+def student_differences(rows: Sequence[SummaryRow]) -> dict[tuple[str, str], Difference]:
+    """Compare every two students; the errors are taken as independent, which overstates them on shared samples.
+
+    Returns:
+        By the names of both, how much more of the held-out samples the first one gets right, as a share.
+    """
     students = [row for row in rows if row.role == "student"]
-    return [
-        Difference(
-            later.name,
-            earlier.name,
+    return {
+        (later.name, earlier.name): Difference(
             later.knn.accuracy - earlier.knn.accuracy,
             math.hypot(later.knn.standard_error, earlier.knn.standard_error),
         )
         for earlier, later in itertools.combinations(students, 2)
-    ]
+    }
 
 
 def render_knn(result: Accuracy, neighbors: int, num_train: int) -> str:
@@ -55,7 +57,7 @@ def render_summary(rows: Sequence[SummaryRow], *, neighbors: int) -> str:
     header = ("model", "k-NN %", f"head distance px, {layers}", f"NMI, {layers}", "images/s")
     lines = grid(header, [_cells(row, depth) for row in rows], ruled=True)
     lines += ["", f"k-NN: k = {neighbors}, {rows[0].knn.num} held-out samples, accuracy +- its standard error"]
-    lines += [_sentence(difference) for difference in student_differences(rows)]
+    lines += [_sentence(*names, difference) for names, difference in student_differences(rows).items()]
     return "\n".join(lines)
 
 
@@ -73,7 +75,16 @@ def summary_json(rows: Sequence[SummaryRow]) -> dict[str, Any]:
             }
             for row in rows
         ],
-        "differences": [{**d._asdict(), "is_clear": d.is_clear} for d in student_differences(rows)],
+        "differences": [
+            {
+                "first": first,
+                "second": second,
+                "accuracy": difference.value,
+                "standard_error": difference.standard_error,
+                "is_clear": difference.is_clear,
+            }
+            for (first, second), difference in student_differences(rows).items()
+        ],
     }
 
 
@@ -104,9 +115,9 @@ def _percent(result: Accuracy) -> str:
     return f"{100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f}"
 
 
-def _sentence(difference: Difference) -> str:
+def _sentence(first: str, second: str, difference: Difference) -> str:
     text = (
-        f"{difference.first} against {difference.second}: {100 * difference.accuracy:+.1f} points, "
+        f"{first} against {second}: {100 * difference.value:+.1f} points, "
         f"standard error {100 * difference.standard_error:.1f}"
     )
     return text if difference.is_clear else f"{text}: no difference"

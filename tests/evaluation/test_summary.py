@@ -22,15 +22,15 @@ def test_differences_below_twice_their_standard_error_are_none():
         make_row("c", "student", 1.0, 0.0),
     ]
     differences = student_differences(rows)
-    assert [(d.first, d.second) for d in differences] == [("b", "a"), ("c", "a"), ("c", "b")]
-    assert [d.standard_error for d in differences] == pytest.approx([0.05, 0.03, 0.04])
-    assert [d.accuracy for d in differences] == pytest.approx([0.099, 0.1, 0.001])
-    assert [d.is_clear for d in differences] == [False, True, False]
+    assert list(differences) == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert [d.standard_error for d in differences.values()] == pytest.approx([0.05, 0.03, 0.04])
+    assert [d.value for d in differences.values()] == pytest.approx([0.099, 0.1, 0.001])
+    assert [d.is_clear for d in differences.values()] == [False, True, False]
 
 
 def test_equal_students_without_any_error_are_no_difference():
-    (difference,) = student_differences([make_row("a", "student", 1.0, 0.0), make_row("b", "student", 1.0, 0.0)])
-    assert not difference.is_clear
+    differences = student_differences([make_row("a", "student", 1.0, 0.0), make_row("b", "student", 1.0, 0.0)])
+    assert [difference.is_clear for difference in differences.values()] == [False]
 
 
 def test_the_table_is_aligned_and_says_what_is_no_difference():
@@ -69,7 +69,15 @@ def test_the_json_file_holds_all_layers():
     assert content["rows"][0]["nmi"] is None
     assert content["rows"][1]["head_distance"] == list(CURVES.head_distance)
     assert content["rows"][1]["knn"] == {"accuracy": 0.9, "standard_error": 0.01, "num": 360}
-    assert content["differences"][0]["is_clear"] is True
+    assert content["differences"] == [
+        {
+            "first": "b",
+            "second": "a",
+            "accuracy": pytest.approx(-0.4),
+            "standard_error": pytest.approx(0.01 * 2**0.5),
+            "is_clear": True,
+        }
+    ]
 
 
 def test_tensorboard_gets_one_value_a_layer_and_model():
