@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from hdscale.ablation.jobs import Settings, check_overrides
+from hdscale.ablation.paper_tables import TABLES, find_table
 from hdscale.ablation.scales import SCALES, find_scale
-from hdscale.ablation.tables import TABLES, find_table
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED, run
 from hdscale.errors import UserError
 

@@ -1,8 +1,10 @@
-"""Tables 3 to 9 and 11 to 13 of the paper, with its figures."""
+"""Tables 3 to 9 and 11 to 13 of the paper, with its figures; and all tables by the name that a person types."""
 
 from __future__ import annotations
 
+from hdscale.ablation.paper_figures import PAPER_FIGURES
 from hdscale.ablation.table import Paper, Row, Table
+from hdscale.errors import UserError
 
 _NO_MASKS = "mask.strategy=none"
 _T_C, _T_M = "T_c(x)", "T_m(x)"
@@ -333,7 +335,7 @@ _TABLE_13 = Table(
     demo_notes=("Epochs are the paper's; here 100 stands for the demo's 18 and 300 for 54.",),
 )
 
-PAPER_TABLES = (
+_PAPER_TABLES = (
     _TABLE_3,
     _TABLE_4,
     _TABLE_5,
@@ -345,3 +347,16 @@ PAPER_TABLES = (
     _TABLE_12,
     _TABLE_13,
 )
+
+TABLES = {table.key: table for table in (*_PAPER_TABLES, *PAPER_FIGURES)}
+
+
+def find_table(key: str) -> Table:
+    """Return a table.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if key not in TABLES:
+        raise UserError(f"table must be one of {', '.join(TABLES)}, got {key}")
+    return TABLES[key]

@@ -3,10 +3,10 @@ import shlex
 import pytest
 
 from hdscale.ablation.jobs import JobBuilder, Settings
+from hdscale.ablation.paper_tables import TABLES
 from hdscale.ablation.running import Launcher, listing
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.table import Row, Table
-from hdscale.ablation.tables import TABLES
 from hdscale.errors import UserError
 
 DEMO, REAL = SCALES["demo"], SCALES["b-in1k"]

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from hdscale.ablation.jobs import JobBuilder, Settings
+from hdscale.ablation.paper_tables import TABLES
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.table import Paper
-from hdscale.ablation.tables import TABLES
 from hdscale.config.loading import flat_fields, load_recipe
 from tests.ablation.paper_rows import COMMON, HEADINGS, NOT_ON_THE_DEMO, ON_THE_DEMO, ROWS
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hdscale.ablation.jobs import JobBuilder, Settings
+from hdscale.ablation.paper_tables import TABLES
 from hdscale.ablation.scales import SCALES, Scale, find_scale
-from hdscale.ablation.tables import TABLES
 from hdscale.config.loading import flat_fields, load_recipe
 from hdscale.errors import UserError
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from hdscale.ablation.jobs import JobBuilder, Settings
+from hdscale.ablation.paper_tables import TABLES, find_table
 from hdscale.ablation.scales import SCALES
-from hdscale.ablation.tables import TABLES, find_table
 from hdscale.config.loading import changed_fields, load_recipe
 from hdscale.errors import UserError
 
