@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
+from hdscale.config.sections import LossConfig, RelationConfig, StudentConfig
 from hdscale.errors import UserError
 from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.student.build import Student, build_student

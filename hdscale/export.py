@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hdscale.config.recipe import StudentConfig
+    from hdscale.config.sections import StudentConfig
     from hdscale.student.build import Student
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hdscale.config.recipe import Recipe, masks_are_online
+from hdscale.config.recipe import Recipe
 from hdscale.distiller import Distiller
 from hdscale.masking.progressive import expected_num_keep, patches_by_block
 from hdscale.student.build import Student
@@ -284,7 +284,7 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
         decoder=decoder,
     )
     mask_blocks = 0
-    if masks_are_online(mask):
+    if mask.is_online:
         stages = mask_stages(mask, depth)
         mask_blocks = stages.layers[-1] + (stages.at == "output")
     return hybrid_step_flops(

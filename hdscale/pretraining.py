@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hdscale.config.recipe import PretrainConfig
+from hdscale.config.sections import PretrainConfig
 from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 from hdscale.masking.random import random_keep_indices

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig
+from hdscale.config.sections import LossConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller, check_heads, relations_include_cls
 from hdscale.errors import UserError
 from hdscale.student.load import load_decoder, load_student

@@ -3,7 +3,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from hdscale.config.recipe import LossConfig, PretrainConfig, RelationConfig, StudentConfig, TeacherConfig
+from hdscale.config.recipe import TeacherConfig
+from hdscale.config.sections import LossConfig, PretrainConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller
 from hdscale.errors import UserError
 from hdscale.export import export_student, loading_code

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.config.recipe import PretrainConfig, StudentConfig
+from hdscale.config.sections import PretrainConfig, StudentConfig
 from hdscale.errors import UserError
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices, normalized_patches
 from hdscale.student.build import build_student

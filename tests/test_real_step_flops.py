@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig, TeacherConfig
+from hdscale.config.recipe import TeacherConfig
+from hdscale.config.sections import LossConfig, MaskConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller
 from hdscale.flops import DecoderSizes, HeadSizes, RelationUse, ViTSizes, count_flops, hybrid_step_flops
 from hdscale.masking.progressive import patches_by_block

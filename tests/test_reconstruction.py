@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.config.recipe import LossConfig, MaskConfig, RelationConfig, StudentConfig
+from hdscale.config.sections import LossConfig, MaskConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller
 from hdscale.losses import token_relation
 from hdscale.student.load import load_student

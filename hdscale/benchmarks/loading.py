@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hdscale.benchmarks.usual_pipeline import jpeg_decoders, usual_pipeline, view_makers
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.decode import decode_view
 from hdscale.data.index import ShardSet
 from hdscale.data.loader import RankShare, TrainLoader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.decode import INTERPOLATION, decoder_version
 from hdscale.data.views import VIEW_ALGORITHM
 

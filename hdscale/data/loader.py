@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.index import ShardSet
 from hdscale.data.order import Order, positions_of, samples_at
 from hdscale.data.samples import EVAL_VIEW, MaskLookup, load_batch, too_many_bad

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.hashing import hash64, hash_int
 
 _SHARD_KEY = 0x7368617264  # "shard": separates this use of the seed from the others

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.decode import decode_view
 from hdscale.data.index import ShardSet
 from hdscale.data.pictures import BadPicture

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.hashing import extend_hash, hash_int, uniform_int
 
 _VIEW_KEY = 0x76696577  # "view": separates this use of the seed from the others

@@ -12,7 +12,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from hdscale.config.recipe import OptimConfig
+from hdscale.config.sections import OptimConfig
 from hdscale.engine.ranks import DTYPES, Ranks
 from hdscale.engine.zero_internals import (
     Engine,

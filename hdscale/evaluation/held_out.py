@@ -11,7 +11,7 @@ from hdscale.data.manifest import manifest_path
 from hdscale.errors import UserError
 
 if TYPE_CHECKING:
-    from hdscale.config.recipe import DataConfig, EvaluationConfig
+    from hdscale.config.sections import DataConfig, EvaluationConfig
     from hdscale.data.index import ShardSet
 
 _BATCH_SIZE = 32

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from hdscale.config.recipe import EvaluationConfig
+    from hdscale.config.sections import EvaluationConfig
     from hdscale.evaluation.accuracy import Accuracy
     from hdscale.evaluation.candidates import Candidate, Role
     from hdscale.evaluation.held_out import HeldOut

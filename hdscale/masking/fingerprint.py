@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hdscale.config.recipe import MaskConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.masking.progressive import stage_layers
 
 

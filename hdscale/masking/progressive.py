@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdscale.config.recipe import MaskConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 

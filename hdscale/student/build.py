@@ -11,7 +11,7 @@ import torch
 from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.types import ViTOutput
 from hdscale.vit.build import create_vit, num_heads, patch_size, weight_dtype

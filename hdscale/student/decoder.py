@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.student.build import Student
 from hdscale.vit.encoder import with_queries_and_keys

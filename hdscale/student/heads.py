@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.student.build import Student, build_student
 from hdscale.student.decoder import TransformerDecoder, build_decoder

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from hdscale.config.recipe import MaskConfig, Recipe, TeacherConfig, masks_are_online
+from hdscale.config.recipe import Recipe, TeacherConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.errors import UserError
 from hdscale.masking.progressive import keep_share, stage_layers
 from hdscale.teachers.load import load_source
@@ -179,7 +180,7 @@ def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
             grid_size=grid_size,
             relation_layers=recipe.relation.layers,
             layer_output=recipe.relation.target,
-            mask=recipe.mask if masks_are_online(recipe.mask) else None,
+            mask=recipe.mask if recipe.mask.is_online else None,
             field="relation_teacher",
         )
     return Teachers(feature, relation)

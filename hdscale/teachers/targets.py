@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hdscale.config.recipe import MaskConfig, RelationConfig, masks_are_online
+from hdscale.config.sections import MaskConfig, RelationConfig
 from hdscale.losses import token_relation
 from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
@@ -59,7 +59,7 @@ class TeacherPair:
     def __call__(self, batch: Batch) -> Targets:
         """Choose the kept patches and return what the teachers say of them."""
         with torch.no_grad():
-            if masks_are_online(self.mask_config):
+            if self.mask_config.is_online:
                 keep_indices, relations = self._masks_and_relations(batch.images)
             else:
                 keep_indices = self._given_indices(batch)

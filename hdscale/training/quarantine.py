@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.index import ShardSet
 from hdscale.data.samples import too_many_bad
 from hdscale.engine.ranks import Ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from hdscale.config.recipe import OptimConfig, ScheduleConfig
+from hdscale.config.sections import OptimConfig, ScheduleConfig
 from hdscale.errors import UserError
 
 

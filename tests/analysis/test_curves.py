@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from hdscale.analysis.curves import attention_curves
-from hdscale.config.recipe import StudentConfig, TeacherConfig
+from hdscale.config.recipe import TeacherConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.evaluation.candidates import Candidate, teacher_candidate
 from hdscale.evaluation.held_out import HeldOut
 from hdscale.evaluation.measure import measure_attention, measure_decoder_attention

@@ -166,6 +166,15 @@ def test_two_mask_strategies_ask_the_relation_teacher(strategy, chosen_by_teache
     assert load_recipe(None, [f"mask.strategy={strategy}"]).mask.chosen_by_teacher == bool(chosen_by_teacher)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "source", "is_online"),
+    [("direct", "online", True), ("progressive", "store", False), ("random", "online", False)],
+)
+def test_masks_are_online_where_the_teacher_chooses_them_in_the_step(strategy, source, is_online):
+    overrides = [f"mask.strategy={strategy}", f"mask.source={source}"]
+    assert load_recipe(None, overrides).mask.is_online == is_online
+
+
 def test_online_masks_need_the_relation_teacher():
     with pytest.raises(UserError, match="needs a relation_teacher"):
         load_recipe(None, ["relation_teacher=null", "mask.source=online"])

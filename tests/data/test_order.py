@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.order import GlobalOrder, WindowedOrder, build_order, permute, positions_of, samples_at
 from hdscale.shards.sources.base import Listing
 from hdscale.shards.split import SplitSettings, assign_splits

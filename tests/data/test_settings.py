@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hdscale.config.loading import changed_fields, load_recipe
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data import fingerprint as fingerprint_module
 from hdscale.data.decode import INTERPOLATION, decode_view, decoder_version
 from hdscale.data.fingerprint import view_fingerprint

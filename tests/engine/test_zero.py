@@ -3,7 +3,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from hdscale.config.loading import load_recipe
-from hdscale.config.recipe import OptimConfig
+from hdscale.config.sections import OptimConfig
 from hdscale.distiller import build_distiller
 from hdscale.engine.ranks import resolve_precision
 from hdscale.engine.zero import parameter_groups, student_ds_config

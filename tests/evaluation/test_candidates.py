@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.config.recipe import DataConfig, Recipe, StudentConfig, TeacherConfig
+from hdscale.config.recipe import Recipe, TeacherConfig
+from hdscale.config.sections import DataConfig, StudentConfig
 from hdscale.distiller import build_distiller
 from hdscale.evaluation.candidates import summary_subjects
 from hdscale.runs.trained import TrainedRun

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from hdscale.config.recipe import DataConfig, EvaluationConfig
+from hdscale.config.sections import DataConfig, EvaluationConfig
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.shards.indexer import IndexJob, index_split

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.config.recipe import DataConfig
+from hdscale.config.sections import DataConfig
 from hdscale.data.index import open_shards
 from hdscale.shards.sources.digits import Digits
 from hdscale.shards.split import SplitSettings, assign_splits

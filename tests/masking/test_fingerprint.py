@@ -2,7 +2,7 @@
 
 import pytest
 
-from hdscale.config.recipe import MaskConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.masking.fingerprint import mask_fingerprint
 
 ARGUMENTS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.config.recipe import MaskConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdscale.config.recipe import MaskConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.errors import UserError
 from hdscale.masking.bits import pack_indices, rows_with_other_count, unpack_indices
 from hdscale.masking.fingerprint import mask_fingerprint

@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.student.build import STATE_PREFIX, build_student, student_arch
 from hdscale.vit.position import sincos_position_embedding

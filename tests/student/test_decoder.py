@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.student.build import build_student
 from hdscale.student.decoder import build_decoder

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hdscale.config.recipe import StudentConfig
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.student.heads import build_head, build_layer_heads
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hdscale.config.recipe import MaskConfig, TeacherConfig
+from hdscale.config.recipe import TeacherConfig
+from hdscale.config.sections import MaskConfig
 from hdscale.errors import UserError
 from hdscale.teachers.build import Teachers, build_teacher, mask_stages
 from hdscale.teachers.weights import weights_digest

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hdscale.config.recipe import MaskConfig, RelationConfig
+from hdscale.config.sections import MaskConfig, RelationConfig
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.teachers.build import build_teacher

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hdscale.config.recipe import CheckpointConfig, LogConfig, OptimConfig, RunConfig, ScheduleConfig
+from hdscale.config.sections import CheckpointConfig, LogConfig, OptimConfig, RunConfig, ScheduleConfig
 from hdscale.engine.collectives import Operation, Traffic
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError

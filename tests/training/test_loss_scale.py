@@ -10,7 +10,7 @@ from deepspeed.runtime.precision_config import get_float16_config
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from hdscale.config.recipe import OptimConfig
+from hdscale.config.sections import OptimConfig
 from hdscale.engine.zero import student_ds_config
 from hdscale.engine.zero_state import optimizer_state, restore
 from hdscale.runs.checkpoint import open_checkpoint, save_checkpoint

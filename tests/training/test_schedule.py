@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from hdscale.config.recipe import OptimConfig, ScheduleConfig
+from hdscale.config.sections import OptimConfig, ScheduleConfig
 from hdscale.errors import UserError
 from hdscale.training.schedule import Schedule, build_schedule
 

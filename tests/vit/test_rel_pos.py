@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from hdscale.analysis.curves import attention_curves
-from hdscale.config.recipe import LossConfig, RelationConfig, StudentConfig, TeacherConfig
+from hdscale.config.recipe import TeacherConfig
+from hdscale.config.sections import LossConfig, RelationConfig, StudentConfig
 from hdscale.distiller import build_distiller
 from hdscale.errors import UserError
 from hdscale.export import export_student, loading_code
