@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     ablation = Ablation(settings, rows, options.seeds, f"python launch/ablate.py {shlex.join(argv)}")
     launcher = Launcher(scale, options.ranks or scale.ranks, options.hostfile, output / "logs", sys.stderr)
     if options.dry_run:
-        print(listing(ablation.plans(), launcher))
+        print(listing(ablation.jobs(), launcher))
         return EXIT_DONE
     code = ablate(ablation, launcher, sys.stderr)
     page = table_files(settings)[0]

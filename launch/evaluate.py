@@ -16,7 +16,7 @@ import torch
 
 from hdscale.cli import EXIT_DONE, run
 from hdscale.errors import UserError
-from hdscale.evaluation.candidates import student_candidate, student_name, summary_subjects
+from hdscale.evaluation.candidates import student_candidate, student_name, summary_candidates
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
@@ -62,7 +62,7 @@ def _classify(trained: TrainedRun, how: str, train_samples: int | None, device: 
 
 def _summary(runs: list[TrainedRun], train_samples: int | None, output: Path | None, device: torch.device) -> str:
     first = runs[0].recipe
-    candidates = summary_subjects(runs)
+    candidates = summary_candidates(runs)
     held_out = open_held_out(first.data, first.evaluation, train_samples=train_samples)
     rows = [measure(candidate, held_out, first.evaluation, device, sys.stderr) for candidate in candidates]
     for trained in runs:

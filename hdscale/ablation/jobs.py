@@ -1,4 +1,4 @@
-"""From a table's rows to recipes and to the commands that train them."""
+"""From a table's rows to recipes, and to the commands that train them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 class RowJobs(NamedTuple):
-    """One row under one seed."""
+    """One row under one seed, and what has to be run for it."""
 
     row: Row
     seed: int
@@ -94,23 +94,27 @@ def check_overrides(overrides: Sequence[str], scale: Scale, table: Table) -> Non
 
 
 class JobBuilder:
-    """Turns rows into plans; the same recipe gets the same run folder, whatever row or table it stands in."""
+    """Finds the jobs of rows; the same recipe gets the same run folder, whatever row or table it stands in."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folders: dict[str, Path] = {}  # by what a run folder's name ends with
 
-    def plan(self, rows: Sequence[Row], seeds: int) -> list[RowJobs]:
+    def build(self, rows: Sequence[Row], seeds: int) -> list[RowJobs]:
         """Resolve rows under seeds 0 .. seeds - 1; a seed's rows stand together: a whole table is there early.
 
         Raises:
             UserError: a row's recipe is not valid, naming the row.
         """
         # A teacher is measured once: it has no seed.
-        return [self.row(row, seed) for seed in range(seeds) for row in rows if seed == 0 or not row.model]
+        return [self.build_row(row, seed) for seed in range(seeds) for row in rows if seed == 0 or not row.model]
 
-    def row(self, row: Row, seed: int) -> RowJobs:
-        """Resolve one row."""
+    def build_row(self, row: Row, seed: int) -> RowJobs:
+        """Resolve one row.
+
+        Raises:
+            UserError: its recipe is not valid, naming the row.
+        """
         table, scale, _, _ = self._settings
         try:
             return self._teacher_row(row) if row.model else self._student_row(row, seed)
@@ -168,12 +172,13 @@ class JobBuilder:
         if of is None:
             return (scale.epochs[word], []) if word in scale.epochs else self._teacher(word)
         assert word == "student", word
-        plan = self.row(table.row(of), seed)
-        assert plan.folder is not None, "a teacher is no student"
-        file = plan.folder / _STUDENT_FILE
-        arguments = ("--run", str(plan.folder), "--output", str(file))
-        export = Job(f"export {plan.folder.name}", "launch/export.py", arguments, file, on_ranks=False)
-        return f"{{source: file, weights: {file}, sharding: replicate}}", [*plan.jobs, export]
+        taught_first = self.build_row(table.row(of), seed)
+        folder = taught_first.folder
+        assert folder is not None, "a teacher is no student"
+        file = folder / _STUDENT_FILE
+        arguments = ("--run", str(folder), "--output", str(file))
+        export = Job(f"export {folder.name}", "launch/export.py", arguments, file, on_ranks=False)
+        return f"{{source: file, weights: {file}, sharding: replicate}}", [*taught_first.jobs, export]
 
     def _teacher(self, name: str) -> tuple[str, list[Job]]:
         """Return a teacher's section as YAML, and the job that makes its file, where hdscale makes it."""

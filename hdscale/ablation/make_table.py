@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import torch
 
 from hdscale.ablation.jobs import JobBuilder
-from hdscale.ablation.measuring import measure_plan
+from hdscale.ablation.measuring import measure_row
 from hdscale.ablation.rendering import Report, render_csv, render_markdown
 from hdscale.ablation.results import RowResult
-from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_plans
+from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_jobs
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.staging import staged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hdscale.ablation.jobs import RowJobs, Settings
     from hdscale.ablation.measuring import Measures
@@ -38,19 +38,19 @@ class Ablation(NamedTuple):
     seeds: int
     command: str  # as the person typed it, for the table's file
 
-    def plans(self) -> list[RowJobs]:
+    def jobs(self) -> list[RowJobs]:
         """Resolve the rows under all seeds."""
-        return JobBuilder(self.settings).plan(self.rows, self.seeds)
+        return JobBuilder(self.settings).build(self.rows, self.seeds)
 
-    def plans_done(self) -> list[RowJobs]:
+    def jobs_done(self) -> list[RowJobs]:
         """Resolve the table's other rows, as far as they are trained: its file goes on showing them."""
-        planner = JobBuilder(self.settings)
+        builder = JobBuilder(self.settings)
         done = []
         for row in self.settings.table.rows:
             if row in self.rows or row.model:
                 continue
             with contextlib.suppress(UserError):  # a row that nobody asked for may not fit the arguments
-                done += [plan for plan in planner.plan([row], self.seeds) if plan.is_done]
+                done += [row_jobs for row_jobs in builder.build([row], self.seeds) if row_jobs.is_done]
         return done
 
 
@@ -65,27 +65,28 @@ def ablate(ablation: Ablation, launcher: Launcher, stream: TextIO | None) -> int
     """
     settings = ablation.settings
     scale, output = settings.scale, settings.output
-    plans, done = ablation.plans(), ablation.plans_done()
+    asked = ablation.jobs()
+    all_jobs = [*ablation.jobs_done(), *asked]
     if not scale.shards:  # the user's own: what is missing must not be found out after hours
-        open_held_out(plans[0].recipe.data, plans[0].recipe.evaluation)
+        open_held_out(asked[0].recipe.data, asked[0].recipe.evaluation)
     _make_folder(output)
     adopt_teachers(scale, output, stream)
     device = torch.device("cuda" if torch.cuda.is_available() and not scale.on_cpu else "cpu")
     measures: dict[str, Measures] = {}
     failures = Failures()
 
-    def finished(plan: RowJobs) -> None:
-        measures[plan.label] = measure_plan(
-            plan, output / "measures", train_samples=scale.train_samples, device=device, stream=stream
+    def finished(row_jobs: RowJobs) -> None:
+        measures[row_jobs.label] = measure_row(
+            row_jobs, output / "measures", train_samples=scale.train_samples, device=device, stream=stream
         )
-        _write(ablation, [*done, *plans], measures, failures)
+        _write(ablation, all_jobs, measures, failures)
 
     try:
-        run_plans([*done, *plans], launcher.run, finished, failures)
+        run_jobs(all_jobs, launcher.run, finished, failures)
     except (Stopped, KeyboardInterrupt):  # while a row was trained, or while one was measured
         _say(stream, "stopped; the same command continues where it was")
         return EXIT_STOPPED
-    _write(ablation, [*done, *plans], measures, failures)
+    _write(ablation, all_jobs, measures, failures)
     for label, reason in failures.reasons.items():
         _say(stream, f"failed: row {label}: {reason}")
     return EXIT_FAILED if failures.reasons else EXIT_DONE
@@ -97,16 +98,18 @@ def table_files(settings: Settings) -> tuple[Path, Path]:
     return settings.output / f"{name}.md", settings.output / f"{name}.csv"
 
 
-def _write(ablation: Ablation, plans: Sequence[RowJobs], measures: dict[str, Measures], failures: Failures) -> None:
+def _write(
+    ablation: Ablation, all_jobs: Sequence[RowJobs], measures: Mapping[str, Measures], failures: Failures
+) -> None:
     settings = ablation.settings
     table, scale = settings.table, settings.scale
     results = []
     for row in table.rows:
-        own = [plan for plan in plans if plan.row is row and plan.label in measures]
+        own = [row_jobs for row_jobs in all_jobs if row_jobs.row is row and row_jobs.label in measures]
         if not own and row not in ablation.rows:
             continue
-        folders = tuple(plan.folder.name for plan in own if plan.folder is not None)
-        results.append(RowResult(row, folders, tuple(measures[plan.label] for plan in own)))
+        folders = tuple(row_jobs.folder.name for row_jobs in own if row_jobs.folder is not None)
+        results.append(RowResult(row, folders, tuple(measures[row_jobs.label] for row_jobs in own)))
     words = " ".join(
         override for result in results for override in (*table.base, *result.row.overrides, result.row.model)
     )

@@ -41,13 +41,13 @@ class Measures(NamedTuple):
     environment: dict[str, Any] | None  # what the run wrote down
 
 
-def measure_plan(
-    plan: RowJobs, kept: Path, *, train_samples: int | None, device: torch.device, stream: TextIO | None
+def measure_row(
+    row_jobs: RowJobs, kept: Path, *, train_samples: int | None, device: torch.device, stream: TextIO | None
 ) -> Measures:
-    """Measure a plan whose jobs are done, or read what was measured before.
+    """Measure a row whose jobs are done, or read what was measured before.
 
     Args:
-        plan: a row under a seed.
+        row_jobs: the row under one seed.
         kept: folder of measures.
         train_samples: that k-NN and probe learn from; None: all.
         device: where models run.
@@ -56,37 +56,37 @@ def measure_plan(
     Raises:
         UserError: no held-out split, a teacher that cannot be built, and the like.
     """
-    evaluation = plan.recipe.evaluation.model_dump(mode="json")
+    evaluation = row_jobs.recipe.evaluation.model_dump(mode="json")
     of: dict[str, Any] = {"format": _FORMAT, "train_samples": train_samples, "evaluation": evaluation}
-    if plan.folder is None:
-        assert plan.recipe.feature_teacher is not None, "a row without run measures a teacher"
-        of["teacher"] = plan.recipe.feature_teacher.model_dump(mode="json")
-        file = kept / f"teacher-{plan.row.model.removeprefix('@')}.json"
+    if row_jobs.folder is None:
+        assert row_jobs.recipe.feature_teacher is not None, "a row without run measures a teacher"
+        of["teacher"] = row_jobs.recipe.feature_teacher.model_dump(mode="json")
+        file = kept / f"teacher-{row_jobs.row.model.removeprefix('@')}.json"
     else:
-        of["done"] = (plan.folder / "DONE").stat().st_mtime_ns  # another training, another measurement
-        file = kept / f"{plan.folder.name}.json"
+        of["done"] = (row_jobs.folder / "DONE").stat().st_mtime_ns  # another training, another measurement
+        file = kept / f"{row_jobs.folder.name}.json"
     if (found := _read(file, of)) is not None:
         return found
-    measures = _measure(plan, train_samples, device, stream)
+    measures = _measure(row_jobs, train_samples, device, stream)
     kept.mkdir(parents=True, exist_ok=True)
     with staged(file) as temporary:
         temporary.write_text(json.dumps({"of": of, **_values(measures)}, indent=2) + "\n")
     return measures
 
 
-def _measure(plan: RowJobs, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
+def _measure(row_jobs: RowJobs, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
     gflops = environment = decoder = None
-    if plan.folder is None:
-        candidate = _teacher(plan)
+    if row_jobs.folder is None:
+        candidate = _teacher(row_jobs)
     else:
-        trained = read_run(plan.folder)
+        trained = read_run(row_jobs.folder)
         candidate = student_candidate(trained)
         assert isinstance(candidate.model, Student)
         decoder = load_decoder(trained.recipe.student, candidate.model, trained.weights)
-        steps = [line["flops_per_image"] for line in read_metrics(plan.folder) if line.get("flops_per_image")]
+        steps = [line["flops_per_image"] for line in read_metrics(row_jobs.folder) if line.get("flops_per_image")]
         gflops = steps[-1] / 1e9 if steps else None
-        environment = json.loads((plan.folder / "environment.json").read_text())
-    recipe = plan.recipe
+        environment = json.loads((row_jobs.folder / "environment.json").read_text())
+    recipe = row_jobs.recipe
     held_out = open_held_out(recipe.data, recipe.evaluation, train_samples=train_samples)
     features = held_out_features(candidate, held_out, device, stream)
     curves = measure_attention(candidate, held_out, recipe.evaluation.attention_images, device)
@@ -100,11 +100,11 @@ def _measure(plan: RowJobs, train_samples: int | None, device: torch.device, str
     return Measures(knn, probe, curves, decoder_curves, gflops, candidate.images_per_second, environment)
 
 
-def _teacher(plan: RowJobs) -> Candidate:
-    recipe = plan.recipe
+def _teacher(row_jobs: RowJobs) -> Candidate:
+    recipe = row_jobs.recipe
     assert recipe.feature_teacher is not None
     return teacher_candidate(
-        recipe.feature_teacher, student_grid_size(recipe.student, recipe.data.img_size), f"row {plan.row.key}"
+        recipe.feature_teacher, student_grid_size(recipe.student, recipe.data.img_size), f"row {row_jobs.row.key}"
     )
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from hdscale.ablation.scales import Scale, Training
 
 _TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")
-
-
 _STOP_SECONDS = 120.0
 """For a checkpoint of a large student to be written."""
 
@@ -87,29 +85,32 @@ class Failures:
     """Which rows have failed and why."""
 
     def __init__(self) -> None:
-        self.reasons: dict[str, str] = {}  # by the plan's label, each once
+        self.reasons: dict[str, str] = {}  # by the label of row and seed
 
     def add(self, label: str, reason: str) -> None:
         """Note a row's first reason."""
         self.reasons.setdefault(label, reason)
 
 
-def run_plans(
-    plans: Sequence[RowJobs], run: Callable[[Job], str | None], finished: Callable[[RowJobs], None], failures: Failures
+def run_jobs(
+    all_jobs: Sequence[RowJobs],
+    run: Callable[[Job], str | None],
+    finished: Callable[[RowJobs], None],
+    failures: Failures,
 ) -> None:
-    """Do what plans need and is not done yet, in order; a plan whose job fails is noted, and the next one begins.
+    """Run what rows need and is not done yet, in order; a row whose job fails is noted, and the next one begins.
 
     Args:
-        plans: rows under seeds.
+        all_jobs: of rows under their seeds.
         run: runs a job and says why it failed; `Launcher.run`.
-        finished: told of each plan whose jobs are done; a `UserError` of its is the row's failure.
+        finished: told of each row whose jobs are done; a `UserError` of its is the row's failure.
         failures: noted here.
     """
     broken: dict[Path, str] = {}  # by marker: a job that has failed is not tried again for the next row
-    for plan in plans:
+    for row_jobs in all_jobs:
         reason = None
-        for job in plan.jobs:
-            if plan.is_done or job.is_done:
+        for job in row_jobs.jobs:
+            if row_jobs.is_done or job.is_done:
                 continue
             reason = broken.get(job.marker) or run(job)
             if reason is not None:
@@ -117,20 +118,20 @@ def run_plans(
                 break
         if reason is None:
             try:
-                finished(plan)
+                finished(row_jobs)
             except UserError as error:
                 reason = str(error)
         if reason is not None:
-            failures.add(plan.label, reason)
+            failures.add(row_jobs.label, reason)
 
 
-def listing(plans: Sequence[RowJobs], launcher: Launcher) -> str:
+def listing(all_jobs: Sequence[RowJobs], launcher: Launcher) -> str:
     """Return all rows and, below each, the commands that are first needed for it."""
     shown: set[Path] = set()
     lines = []
-    for plan in plans:
-        lines.append(f"# {plan.label}: {plan.row.name}")
-        for job in plan.jobs:
+    for row_jobs in all_jobs:
+        lines.append(f"# {row_jobs.label}: {row_jobs.row.name}")
+        for job in row_jobs.jobs:
             if job.marker in shown:
                 continue
             shown.add(job.marker)

@@ -1,4 +1,4 @@
-"""From run folders' contents to the rows of a summary."""
+"""What a summary compares: pixels, an untrained student, teachers, trained students."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from hdscale.student.build import Student
     from hdscale.teachers.build import FrozenTeacher
 
+Role = Literal["baseline", "teacher", "student"]
+
+_METHODS = {"mae": "MAE", "supervised": "supervised"}
+"""How the summary calls a teacher file's `kind`."""
 _SHARED_FIELDS = (
     ("data", "shards"),
     ("data", "split"),
@@ -28,6 +32,15 @@ _SHARED_FIELDS = (
     ("evaluation", "attention_images"),
 )
 """What must be equal for two runs to stand in one table."""
+
+
+class Candidate(NamedTuple):
+    """One row of the summary, before it is measured."""
+
+    name: str
+    role: Role
+    model: Student | FrozenTeacher | None  # None: raw pixels
+    images_per_second: float | None = None  # of its training
 
 
 def student_name(run: TrainedRun) -> str:
@@ -41,7 +54,17 @@ def student_candidate(run: TrainedRun) -> Candidate:
     return Candidate(student_name(run), "student", student, run.images_per_second)
 
 
-def summary_subjects(runs: Sequence[TrainedRun]) -> list[Candidate]:
+def teacher_candidate(config: TeacherConfig, grid_size: int, field: str) -> Candidate:
+    """Build a teacher whole, on the student's grid, named after how it was trained."""
+    if config.source == "file":
+        kind = load_teacher_file(config.weights, f"{field}.weights").kind
+        name = f"{_METHODS.get(kind, kind)} teacher"
+    else:
+        name = f"teacher {config.name} ({config.weights})"
+    return Candidate(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))
+
+
+def summary_candidates(runs: Sequence[TrainedRun]) -> list[Candidate]:
     """List pixels, the first run's untrained student, every teacher once, and all students.
 
     Raises:
@@ -100,29 +123,3 @@ def _check_comparable(runs: Sequence[TrainedRun]) -> None:
                     f"--run {run.folder}: {section}.{name} is {there}, but {here} in {first.folder}: one table needs "
                     "equal data and evaluation; run the summary for each alone"
                 )
-
-
-Role = Literal["baseline", "teacher", "student"]
-
-
-_METHODS = {"mae": "MAE", "supervised": "supervised"}
-"""How the summary calls a teacher file's `kind`."""
-
-
-class Candidate(NamedTuple):
-    """One row of the summary, before it is measured."""
-
-    name: str
-    role: Role
-    model: Student | FrozenTeacher | None  # None: raw pixels
-    images_per_second: float | None = None  # of its training
-
-
-def teacher_candidate(config: TeacherConfig, grid_size: int, field: str) -> Candidate:
-    """Build a teacher whole, on the student's grid, named after how it was trained."""
-    if config.source == "file":
-        kind = load_teacher_file(config.weights, f"{field}.weights").kind
-        name = f"{_METHODS.get(kind, kind)} teacher"
-    else:
-        name = f"teacher {config.name} ({config.weights})"
-    return Candidate(name, "teacher", build_teacher(config, grid_size=grid_size, field=field))

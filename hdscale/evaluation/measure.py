@@ -1,4 +1,4 @@
-"""What gets measured: pixels, an untrained student, teachers, trained students."""
+"""Measure candidates on held-out samples: their features, their k-NN accuracy, their attention layer by layer."""
 
 from __future__ import annotations
 

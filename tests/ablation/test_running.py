@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hdscale.ablation.jobs import Job, RowJobs
-from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_plans
+from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_jobs
 from hdscale.ablation.scales import SCALES
 from hdscale.ablation.table import Row
 from hdscale.config.loading import dump_recipe, load_recipe
@@ -19,18 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = SCALES["demo"]
 
 
-def make_plan(folder, key, *names):
+def make_jobs(folder, key, *names):
     jobs = tuple(Job(name, "script.py", (), folder / name) for name in names)
     return RowJobs(Row(key, key), 0, load_recipe(None), jobs, folder / "runs")
 
 
 def test_what_is_done_is_skipped_and_a_failing_row_does_not_stop_the_others(tmp_path):
-    plans = [
-        make_plan(tmp_path, "a", "shared", "a"),
-        make_plan(tmp_path, "b", "shared", "broken", "b"),
-        make_plan(tmp_path, "c", "shared", "broken", "c"),
-        make_plan(tmp_path, "d", "done", "d"),
-        make_plan(tmp_path, "e", "teacher that was deleted", "done"),
+    all_jobs = [
+        make_jobs(tmp_path, "a", "shared", "a"),
+        make_jobs(tmp_path, "b", "shared", "broken", "b"),
+        make_jobs(tmp_path, "c", "shared", "broken", "c"),
+        make_jobs(tmp_path, "d", "done", "d"),
+        make_jobs(tmp_path, "e", "teacher that was deleted", "done"),
     ]
     (tmp_path / "done").write_text("")
     ran, finished, failures = [], [], Failures()
@@ -42,23 +42,23 @@ def test_what_is_done_is_skipped_and_a_failing_row_does_not_stop_the_others(tmp_
         job.marker.write_text("")
         return None
 
-    run_plans(plans, run, lambda plan: finished.append(plan.row.key), failures)
+    run_jobs(all_jobs, run, lambda row_jobs: finished.append(row_jobs.row.key), failures)
     assert ran == ["shared", "a", "broken", "d"]  # the job that two rows need is tried once
     assert finished == ["a", "d", "e"]
     assert failures.reasons == {"b, seed 0": "broken: no luck", "c, seed 0": "broken: no luck"}
     # The next start does what is left.
     ran.clear()
-    run_plans(plans, run, finished.append, Failures())
+    run_jobs(all_jobs, run, finished.append, Failures())
     assert ran == ["broken"]
 
 
 def test_a_row_that_cannot_be_measured_is_a_failed_one(tmp_path):
     failures = Failures()
 
-    def finished(plan):
+    def finished(row_jobs):
         raise UserError("val.manifest.json is missing")
 
-    run_plans([make_plan(tmp_path, "a")], lambda job: None, finished, failures)
+    run_jobs([make_jobs(tmp_path, "a")], lambda job: None, finished, failures)
     assert failures.reasons == {"a, seed 0": "val.manifest.json is missing"}
 
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe_of(table, row, scale, tmp_path):
-    planner = JobBuilder(Settings(TABLES[table], SCALES[scale], tmp_path))
-    return planner.row(TABLES[table].row(row), 0).recipe
+    builder = JobBuilder(Settings(TABLES[table], SCALES[scale], tmp_path))
+    return builder.build_row(TABLES[table].row(row), 0).recipe
 
 
 def test_every_row_has_a_name_of_its_own_that_a_folder_may_have_and_is_compared_with_a_row_of_its_table():
@@ -31,15 +31,15 @@ def test_every_row_has_a_name_of_its_own_that_a_folder_may_have_and_is_compared_
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_resolves_to_a_valid_recipe(table, scale, tmp_path):
-    plans = JobBuilder(Settings(TABLES[table], SCALES[scale], tmp_path)).plan(TABLES[table].rows, 2)
-    trained = [plan for plan in plans if plan.folder is not None]
-    assert [plan.row for plan in plans if plan.seed == 0] == list(TABLES[table].rows)
-    assert {plan.recipe.run.seed for plan in trained} == {0, 1}
-    for plan in trained:
+    all_jobs = JobBuilder(Settings(TABLES[table], SCALES[scale], tmp_path)).build(TABLES[table].rows, 2)
+    trained = [row_jobs for row_jobs in all_jobs if row_jobs.folder is not None]
+    assert [row_jobs.row for row_jobs in all_jobs if row_jobs.seed == 0] == list(TABLES[table].rows)
+    assert {row_jobs.recipe.run.seed for row_jobs in trained} == {0, 1}
+    for row_jobs in trained:
         # The command says the same as the recipe: what is trained is what was checked.
-        _, path, *overrides = plan.jobs[-1].arguments
-        assert load_recipe(Path(path), overrides) == plan.recipe
-        assert plan.folder == tmp_path / "runs" / plan.recipe.run.name
+        _, path, *overrides = row_jobs.jobs[-1].arguments
+        assert load_recipe(Path(path), overrides) == row_jobs.recipe
+        assert row_jobs.folder == tmp_path / "runs" / row_jobs.recipe.run.name
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hdscale.config.recipe import Recipe, TeacherConfig
 from hdscale.config.sections import DataConfig, StudentConfig
 from hdscale.distiller import build_distiller
-from hdscale.evaluation.candidates import summary_subjects
+from hdscale.evaluation.candidates import summary_candidates
 from hdscale.runs.trained import TrainedRun
 from hdscale.student.build import build_student
 from hdscale.teachers.files import save_teacher_file
@@ -49,7 +49,7 @@ def teacher_names(tmp_path):
                 teachers=TeacherShapes(relation_heads=4, teacher_has_cls=True),
             )
             runs.append(TrainedRun(Path(f"run-{number}"), recipe, distiller.state_dict(), 1, None))
-        return [candidate.name for candidate in summary_subjects(runs) if candidate.role == "teacher"]
+        return [candidate.name for candidate in summary_candidates(runs) if candidate.role == "teacher"]
 
     return names
 

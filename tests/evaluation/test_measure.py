@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from hdscale.evaluation.measure import measure_attention, measure_decoder_attent
 from hdscale.student.build import build_student
 from hdscale.student.decoder import build_decoder
 from hdscale.vit.encoder import Outputs, ViTEncoder
-from tests.helpers.attention import make_batches, reference_figures
+from tests.helpers.attention import GRID, make_batches, reference_figures
 
 
 def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
