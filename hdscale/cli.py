@@ -7,12 +7,10 @@ import socket
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 from hdscale.errors import LostRankError, UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 EXIT_DONE = 0
 EXIT_FAILED = 1

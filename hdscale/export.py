@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
-from hdscale.student.build import STATE_PREFIX, student_arch
+from hdscale.student.build import STATE_PREFIX, Student, student_arch
 from hdscale.student.load import load_student
 from hdscale.teachers.files import save_teacher_file
 from hdscale.vit.beit import to_beit
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from hdscale.config.sections import StudentConfig
-    from hdscale.student.build import Student
 
 
 def export_student(

@@ -8,10 +8,9 @@ Named tuples, because ZeRO-3 hooks look only into tuples, lists and dicts for th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
 class BadSample(NamedTuple):

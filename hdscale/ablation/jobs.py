@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from hdscale.ablation.scales import OUTPUT
+from hdscale.ablation.scales import OUTPUT, Scale
+from hdscale.ablation.table import Row, Table
 from hdscale.config.loading import load_recipe
+from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from hdscale.ablation.scales import Scale
-    from hdscale.ablation.table import Row, Table
-    from hdscale.config.recipe import Recipe
 
 _WORD = re.compile(r"@([a-z0-9_]+)(?::(\S+))?$")
 _STUDENT_FILE = "student.safetensors"

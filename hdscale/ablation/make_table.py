@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 
-from hdscale.ablation.jobs import JobBuilder
-from hdscale.ablation.measuring import measure_row
+from hdscale.ablation.jobs import JobBuilder, RowJobs, Settings
+from hdscale.ablation.measuring import Measures, measure_row
 from hdscale.ablation.rendering import Report, render_csv, render_markdown
 from hdscale.ablation.results import RowResult
 from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_jobs
+from hdscale.ablation.table import Row
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.staging import staged
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from hdscale.ablation.jobs import RowJobs, Settings
-    from hdscale.ablation.measuring import Measures
-    from hdscale.ablation.table import Row
 
 EXIT_FAILED = 1
 

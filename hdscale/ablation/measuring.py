@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
+import torch
+
+from hdscale.ablation.jobs import RowJobs
 from hdscale.analysis.curves import AttentionCurves
 from hdscale.evaluation.accuracy import Accuracy
-from hdscale.evaluation.candidates import student_candidate, teacher_candidate
+from hdscale.evaluation.candidates import Candidate, student_candidate, teacher_candidate
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.evaluation.knn import knn_accuracy
 from hdscale.evaluation.linear_probe import linear_probe
@@ -18,12 +21,6 @@ from hdscale.runs.trained import read_run
 from hdscale.staging import staged
 from hdscale.student.build import Student, student_grid_size
 from hdscale.student.load import load_decoder
-
-if TYPE_CHECKING:
-    import torch
-
-    from hdscale.ablation.jobs import RowJobs
-    from hdscale.evaluation.candidates import Candidate
 
 _FORMAT = 2
 _PARTS = ("knn", "probe", "curves", "decoder_curves")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from hdscale.ablation.results import difference, pairs, paper_difference
+from hdscale.ablation.results import Figure, RowResult, difference, pairs, paper_difference
+from hdscale.ablation.table import Table
 from hdscale.grid import markdown_grid
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from hdscale.ablation.results import Figure, RowResult
-    from hdscale.ablation.table import Table
 
 _NOTHING = "-"
 _FIGURES = {  # name: (how a sentence calls it, its unit, decimals)

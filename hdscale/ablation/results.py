@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
+from hdscale.ablation.measuring import Measures
+from hdscale.ablation.table import Paper, Row, Table
 from hdscale.evaluation.accuracy import Difference
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from hdscale.ablation.measuring import Measures
-    from hdscale.ablation.table import Paper, Row, Table
 
 
 class Figure(NamedTuple):

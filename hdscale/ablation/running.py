@@ -11,22 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from types import FrameType
+from typing import NamedTuple, TextIO
 
 import psutil
 
+from hdscale.ablation.jobs import Job, RowJobs
+from hdscale.ablation.scales import Scale, Training
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
 from hdscale.provenance import ROOT
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from types import FrameType
-
-    from hdscale.ablation.jobs import Job, RowJobs
-    from hdscale.ablation.scales import Scale, Training
 
 _TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")
 _STOP_SECONDS = 120.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from hdscale.errors import UserError
 from hdscale.provenance import ROOT
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 OUTPUT = "{output}"
 """Stands for the ablation's folder in the strings below."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from hdscale.analysis.attention import attention_from_qk, head_distance, normalized_mutual_information
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from torch import Tensor
-
-    from hdscale.types import Batch, ViTOutput
+from hdscale.types import Batch, ViTOutput
 
 
 class AttentionCurves(NamedTuple):

@@ -13,8 +13,9 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,10 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from hdscale.cluster.launcher import check_hostfile, free_port, planned_hosts
 from hdscale.cluster.rendezvous import POLL_SECONDS, READY_SECONDS, Rendezvous, name_ranks, one_line
 from hdscale.config.loading import flat_fields
+from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 from hdscale.hashing import short_value
 from hdscale.provenance import source_digest, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from hdscale.config.recipe import Recipe
-
 
 _current: Rendezvous | None = None
 _meetings = itertools.count()

@@ -7,16 +7,14 @@ machine, of all machines, and of the links between them.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 _NO_GPU = "no GPU here"
 _LAST_WHEELS = {(5, 0): "12.6", (6, 0): "12.6", (6, 1): "12.6", (7, 0): "12.6"}

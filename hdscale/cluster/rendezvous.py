@@ -6,16 +6,13 @@ import contextlib
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] - documented there
 
 from hdscale.errors import LostRankError, UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 READY_SECONDS = 1800.0
 """Until all ranks have read their shards and built their teachers, which one host may have to fetch first."""

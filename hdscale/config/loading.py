@@ -11,12 +11,10 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
-
-if typing.TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 RECIPE_FILE = "recipe.yaml"
 

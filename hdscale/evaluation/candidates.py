@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from hdscale.config.recipe import TeacherConfig
 from hdscale.errors import UserError
-from hdscale.student.build import build_student
+from hdscale.runs.trained import TrainedRun
+from hdscale.student.build import Student, build_student
 from hdscale.student.load import load_student
-from hdscale.teachers.build import build_teacher
+from hdscale.teachers.build import FrozenTeacher, build_teacher
 from hdscale.teachers.files import load_teacher_file
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from hdscale.config.recipe import TeacherConfig
-    from hdscale.runs.trained import TrainedRun
-    from hdscale.student.build import Student
-    from hdscale.teachers.build import FrozenTeacher
 
 Role = Literal["baseline", "teacher", "student"]
 

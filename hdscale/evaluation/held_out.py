@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from hdscale.data.index import open_shards, require_labels
+from hdscale.config.sections import DataConfig, EvaluationConfig
+from hdscale.data.index import ShardSet, open_shards, require_labels
 from hdscale.data.loader import SequentialLoader
 from hdscale.data.manifest import manifest_path
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from hdscale.config.sections import DataConfig, EvaluationConfig
-    from hdscale.data.index import ShardSet
 
 _BATCH_SIZE = 32
 

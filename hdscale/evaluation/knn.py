@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hdscale.evaluation.accuracy import Accuracy, accuracy_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from hdscale.types import Batch
+from hdscale.types import Batch
 
 _CELLS = 1 << 26
 """Similarities computed at once: 256 MB."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from hdscale.evaluation.accuracy import Accuracy, accuracy_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _INVERSE_PENALTY = 1.0
 """scikit-learn's C: the squared weights, halved, count as much as one sample's cross entropy."""

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from collections.abc import Callable
+from typing import NamedTuple, TextIO
+
+import torch
+from torch import Tensor
 
 from hdscale.analysis.curves import AttentionCurves, attention_curves
+from hdscale.config.sections import EvaluationConfig
+from hdscale.evaluation.accuracy import Accuracy
+from hdscale.evaluation.candidates import Candidate, Role
+from hdscale.evaluation.held_out import HeldOut
 from hdscale.evaluation.knn import Features, extract_features, knn_accuracy, pooled, raw_pixels
 from hdscale.progress import Progress
+from hdscale.student.build import Student
+from hdscale.student.decoder import TransformerDecoder
+from hdscale.teachers.build import FrozenTeacher
+from hdscale.types import ViTOutput
 from hdscale.vit.build import weight_dtype
 from hdscale.vit.encoder import Outputs, ViTEncoder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-    from torch import Tensor
-
-    from hdscale.config.sections import EvaluationConfig
-    from hdscale.evaluation.accuracy import Accuracy
-    from hdscale.evaluation.candidates import Candidate, Role
-    from hdscale.evaluation.held_out import HeldOut
-    from hdscale.student.build import Student
-    from hdscale.student.decoder import TransformerDecoder
-    from hdscale.teachers.build import FrozenTeacher
-    from hdscale.types import ViTOutput
 
 
 class SummaryRow(NamedTuple):

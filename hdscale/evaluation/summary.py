@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from hdscale.evaluation.accuracy import Difference
+from hdscale.evaluation.accuracy import Accuracy, Difference
+from hdscale.evaluation.measure import SummaryRow
 from hdscale.grid import grid
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from hdscale.evaluation.accuracy import Accuracy
-    from hdscale.evaluation.measure import SummaryRow
 
 LAST_LAYERS = 4
 """Layers in the table; TensorBoard has all of them."""

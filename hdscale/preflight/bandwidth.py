@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +17,8 @@ import torch.distributed as dist
 
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 
+# Machines that are asked for their facts import this module, and DeepSpeed may be what is broken there.
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from hdscale.engine.ranks import Ranks
 
 _SIZES = (10**6, 64 * 10**6)  # bytes

@@ -9,18 +9,15 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hdscale.cluster.device import Check
+from hdscale.cluster.hostfile import Host
 from hdscale.cluster.launcher import python_path
 from hdscale.preflight.machine import Facts, Question, check_run_root, marked
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from hdscale.cluster.hostfile import Host
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _SSH_FAILED = 255

@@ -7,8 +7,9 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,9 +18,6 @@ from hdscale.cluster.launcher import add_own_tools_to_path
 from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 _FREE_MEMORY = 0.9  # of the device's
 _SHARED_MEMORY_A_DEVICE = 256e6

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hdscale.cluster.device import Check
 from hdscale.grid import grid
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
 
 _CELL = 34  # letters in a cell of the table
 

@@ -10,21 +10,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hdscale.errors import UserError
 from hdscale.hashing import file_digest
 from hdscale.staging import flush, staged
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from torch import Tensor
 
 CHECKPOINT_FOLDER = "checkpoints"
 WEIGHT, BUFFER, MOMENTS = "weight", "buffer", ("exp_avg", "exp_avg_sq")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hdscale.config.loading import RECIPE_FILE, changed_fields, dump_recipe, load_run_recipe
+from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from hdscale.config.recipe import Recipe
 
 
 def run_folder_of(recipe: Recipe) -> Path:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from hdscale.config.loading import load_run_recipe
+from hdscale.config.recipe import Recipe
 from hdscale.runs.checkpoint import require_checkpoint
 from hdscale.runs.metrics import read_metrics
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from hdscale.config.recipe import Recipe
 
 
 class TrainedRun(NamedTuple):
