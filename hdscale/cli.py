@@ -31,11 +31,11 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return main(argv)
     except (UserError, LostRankError) as error:
-        _tell(error)
+        _report(error)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
 
 
-def _tell(error: UserError | LostRankError) -> None:
+def _report(error: UserError | LostRankError) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if error.reported_by is None and rank:
         time.sleep(_RANK_ZERO_HEAD_START)

@@ -11,7 +11,7 @@ class UserError(ValueError):
         """Take the message.
 
         Args:
-            message: see above.
+            message: one line.
             reported_by: where all ranks raise the same error, the one rank that prints it; None: each prints its own.
         """
         super().__init__(message)

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     views: Tensor  # (B,) int64: the augmented view of each sample (a batch may straddle two epochs)
     epochs: Tensor  # (B,) int64: the epoch each sample belongs to
     keep_indices: Tensor | None  # (B, K) int64 ascending, when masks come from a store
-    bad: tuple[BadSample, ...] = ()  # what was found bad; everything above is of the samples shown instead
+    bad: tuple[BadSample, ...] = ()  # what was found bad; all other fields are of the samples shown instead
 
 
 class ViTOutput(NamedTuple):

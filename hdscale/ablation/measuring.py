@@ -33,7 +33,7 @@ class Measures(NamedTuple):
     probe: Accuracy
     curves: AttentionCurves  # of every layer of the student, without decoder
     decoder_curves: AttentionCurves | None  # of every layer of its decoder
-    gflops: float | None  # of a training step an image, teachers included; None: nothing was trained
+    gflops: float | None  # of a training step per image, teachers included; None: nothing was trained
     images_per_second: float | None  # of training, over all ranks: median of the logged steps
     environment: dict[str, Any] | None  # what the run wrote down
 
@@ -48,7 +48,7 @@ def measure_row(
         kept: folder of measures.
         train_samples: that k-NN and probe learn from; None: all.
         device: where models run.
-        stream: where to show progress.
+        stream: where to show progress; None: nowhere.
 
     Raises:
         UserError: no held-out split, a teacher that cannot be built, and the like.

@@ -49,7 +49,7 @@ def render_markdown(report: Report) -> str:
 
 
 def render_csv(report: Report) -> str:
-    """Return one line a row, numbers unrounded; accuracies in percent, what is unknown is empty."""
+    """Return one line per row, numbers unrounded; accuracies in percent, what is unknown is empty."""
     text = io.StringIO()
     columns = [column for name in _FIGURES for column in (name, f"{name}_spread", f"{name}_standard_error")]
     header = ["table", "row", "name", "seeds", "paper_ap_box", "paper_ap_mask", "paper_miou", *columns]
@@ -102,7 +102,7 @@ def _main_table(report: Report) -> list[str]:
 
 
 def _layer_table(report: Report, name: str) -> list[str]:
-    """Curves over layers, one column a layer; rows of fewer layers have empty cells at the end."""
+    """Curves over layers, one column per layer; rows of fewer layers have empty cells at the end."""
     called, unit, decimals = _FIGURES[name]
     curves = []
     for result in report.results:

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
     Overrides are `key=value` as launch/train.py takes them, on the scale's recipe. A value may be a word that the scale
     knows: a teacher (`@mae`, `@deit`, `@clip`, `@dino`, `@mae_weak`), a number of epochs (`@ablation`, `@main`,
-    `@long`), or the student of another row, which is trained first (`@student:KEY`).
+    `@stage`, `@long`), or the student of another row, which is trained first (`@student:KEY`).
     """
 
     key: str  # for --rows and folder names

@@ -13,7 +13,7 @@ from hdscale.types import Batch, ViTOutput
 
 
 class AttentionCurves(NamedTuple):
-    """One number a relation layer, in order of depth: means over heads, queries and images."""
+    """One number per relation layer, in order of depth: means over heads, queries and images."""
 
     head_distance: tuple[float, ...]  # pixels
     nmi: tuple[float, ...]  # in [0, 1]

@@ -1,8 +1,7 @@
-"""Where the ranks of all hosts meet: who is missing, who has come with something else, who was lost on the way.
+"""How the ranks of all hosts come together: who is missing, and who has come with something else.
 
-PyTorch's own meeting says how many are missing, not which hosts; and a rank whose peer has died sees a broken
-connection, not a name. Here ranks tell each other more, through the key-value store that their process group is then
-built on.
+PyTorch's own meeting says how many are missing, not which hosts. Here ranks tell each other more, through the key-value
+store that their process group is then built on; what they do once all are there is in `hdscale.cluster.rendezvous`.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from hdscale.hashing import short_value
 from hdscale.provenance import source_digest, versions
 
 _current: Rendezvous | None = None
+"""The meeting that this process is in."""
 _meetings = itertools.count()
 """Of this process: each has its own keys in the store."""
 
@@ -55,7 +55,7 @@ def all_hosts(recipe: Recipe, **ds_configs: Mapping[str, Any]) -> Iterator[Rende
 
 @contextlib.contextmanager
 def meeting() -> Iterator[Rendezvous]:
-    """Give the meeting that `all_hosts` has made, or make one in which only versions are compared."""
+    """Give the meeting that `all_hosts` has made, or make one in which only code, versions and devices are compared."""
     if _current is not None:
         yield _current
         return
@@ -94,7 +94,11 @@ def _code_facts() -> dict[str, str]:
 
 
 def _arrive(facts: Mapping[str, Any], seconds: float) -> Rendezvous:
-    """Meet the others at MASTER_ADDR:MASTER_PORT."""
+    """Meet the others at MASTER_ADDR:MASTER_PORT, and compare facts with them.
+
+    Raises:
+        UserError: who did not come within so many seconds, or has come with something else.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     planned = planned_hosts(world_size)
     place = Rendezvous(_open_store(rank, planned[0], seconds), rank, planned)
@@ -118,8 +122,8 @@ def check_same(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str | None]) 
     """Compare what each rank has come with, by name.
 
     Args:
-        facts: a mapping a rank, of values that are the same everywhere if all is well.
-        hosts: of the ranks.
+        facts: one mapping per rank, of values that are the same everywhere if all is well.
+        hosts: one name per rank; None where nobody knows it.
 
     Raises:
         UserError: naming what differs, and all hosts that have something else than rank 0's.

@@ -25,6 +25,8 @@ _ATTENTION_TOLERANCE = 0.03
 """Of a token's norm: bfloat16 keeps 8 bits, and the gradients sum over 67 tokens; it is off by 0.011 on a CPU."""
 
 _FUSED = "memory-efficient attention"
+_ATTENTION_ADVICE = "install another torch (README, On a cluster of V100s), then run launch/preflight.py again"
+_OTHER_PRECISION = "set run.precision to fp16 or auto"
 
 
 class Check(NamedTuple):
@@ -117,9 +119,6 @@ def check_precision(precision: str) -> Check:
     return Check("precision", True, found)
 
 
-_OTHER_PRECISION = "set run.precision to fp16 or auto"
-
-
 def check_attention(
     device: torch.device, dtype: torch.dtype, backend: SDPBackend = SDPBackend.EFFICIENT_ATTENTION
 ) -> Check:
@@ -140,9 +139,6 @@ def check_attention(
             found = f"{_FUSED} in {dtype} gives a wrong {name} (a token is off by {error:.2g})"
             return Check("attention", False, found, _ATTENTION_ADVICE)
     return Check("attention", True, "forward and backward")
-
-
-_ATTENTION_ADVICE = "install another torch (README, On a cluster of V100s), then run launch/preflight.py again"
 
 
 def _attention(

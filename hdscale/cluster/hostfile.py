@@ -10,14 +10,14 @@ from hdscale.errors import UserError
 
 
 class Host(NamedTuple):
-    """A line of a hostfile."""
+    """One line of a hostfile."""
 
     name: str
-    slots: int
+    slots: int  # ranks that it takes: its GPUs
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Read DeepSpeed's format: `HOST slots=GPUS` a line, empty lines and lines that start with # aside.
+    """Read DeepSpeed's format: one `HOST slots=GPUS` per line, empty lines and lines that start with # aside.
 
     Raises:
         UserError: naming file, line and rule.

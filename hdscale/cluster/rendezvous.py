@@ -1,4 +1,8 @@
-"""The meeting of the ranks of all hosts: who is missing, and who was lost on the way."""
+"""The meeting of the ranks of all hosts: who has refused to go on, who has failed, who was lost on the way.
+
+A rank whose peer has died sees a broken connection, not a name. Ranks write down what becomes of them in a key-value
+store, and ask there who is left; `hdscale.cluster.arrival` opens the meeting.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,15 @@ from hdscale.errors import LostRankError, UserError
 
 READY_SECONDS = 1800.0
 """Until all ranks have read their shards and built their teachers, which one host may have to fetch first."""
-
+POLL_SECONDS = 0.1
+"""Between looks into the store while something is waited for."""
 
 _FAREWELL_SECONDS = 10.0
 """How long an ending rank listens for what has happened to the others."""
-
-
-POLL_SECONDS = 0.1
-
-
 _ROLL_CALL_POLL_SECONDS = 1.0
-
-
+"""Between looks into the store for a roll call, all the time that a run lasts."""
 _END, _ROLL_CALL = "end", "roll call"
+"""Keys: why the meeting ends; that somebody asks who is still there."""
 
 
 class Rendezvous:
@@ -40,12 +40,12 @@ class Rendezvous:
         Args:
             store: of keys and values that all ranks share.
             rank: of this process.
-            hosts: a name a rank, None where nobody knows it yet.
+            hosts: one name per rank, None where nobody knows it yet.
         """
         self.store = store
         self.rank = rank
         self.hosts = tuple(hosts)
-        self.launched = True
+        self.launched = True  # by a launcher; False: this process meets itself
         self._end: Exception | None = None
         self._closed = threading.Event()
         self._answering: threading.Thread | None = None
@@ -61,7 +61,11 @@ class Rendezvous:
         return PrefixStore("group", self.store)
 
     def open(self, hosts: Sequence[str]) -> None:
-        """Go on with all ranks present; from now on this one answers when another asks who is still there."""
+        """Go on with all ranks present; from now on this one answers when another asks who is still there.
+
+        Args:
+            hosts: one name per rank.
+        """
         self.hosts = tuple(hosts)
         self._answering = threading.Thread(target=self._answer_roll_calls, args=(self.store.clone(),), daemon=True)
         self._answering.start()
@@ -127,6 +131,11 @@ class Rendezvous:
     def missing(self, what: str, seconds: float, *, heed_end: bool = True) -> list[int]:
         """Return the ranks that have not said `what` when the time is up.
 
+        Args:
+            what: beginning of the keys in the store; a rank's number ends them.
+            seconds: to wait at most.
+            heed_end: raise the reason, once a rank has posted why the meeting ends.
+
         Raises:
             UserError: a rank has refused to go on.
             LostRankError: a rank has failed or is gone.
@@ -158,7 +167,7 @@ class Rendezvous:
         )
 
     def _post(self, error: UserError | LostRankError) -> None:
-        """Write down why the meeting ends; the first reason stays."""
+        """Write down for all ranks why the meeting ends; the first reason stays."""
         text = json.dumps([isinstance(error, UserError), str(error), error.reported_by])
         self.store.compare_set(_END, "", text)
 

@@ -70,7 +70,7 @@ class DataConfig(Section):
     hflip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip (dBOT)."""
     workers: int = Field(default=8, ge=0)
-    """Loader processes a rank; 0 decodes in the training process."""
+    """Loader processes per rank; 0 decodes in the training process."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of the samples that may be damaged: each is replaced by another and listed; one more ends the run."""
 
@@ -88,7 +88,7 @@ class StudentConfig(Section):
     model: str = "vit_large_patch16_224"
     """Name of a timm VisionTransformer; weights are always random (paper, Section 3.1)."""
     patch_size: int | None = Field(default=None, ge=1)
-    """Replaces the named model's, as the four below."""
+    """Replaces the named model's, as do embed_dim, depth, num_heads and mlp_ratio."""
     embed_dim: int | None = Field(default=None, ge=1)
     depth: int | None = Field(default=None, ge=1)
     num_heads: int | None = Field(default=None, ge=1)
@@ -114,9 +114,9 @@ class StudentConfig(Section):
     """One learnt relative position bias, added to the attention logits of all blocks (FD's configs; Appendix B.1). It
     starts at zero and needs a class token and no registers."""
     layer_scale: float | None = Field(default=None, gt=0)
-    """Initial value of a learnt factor a channel behind each attention and MLP: with the bias above, FD's "additional
-    learnable parameters" (FD's configs: 0.1; the biases of queries and values every student has). Left out: none, as
-    in MAE's ViT."""
+    """Initial value of one learnt factor per channel behind each attention and MLP: with `rel_pos_bias`, FD's
+    "additional learnable parameters" (FD's configs: 0.1; the biases of queries and values every student has). Left out:
+    none, as in MAE's ViT."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean subtracted from the image in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -297,9 +297,9 @@ class OptimConfig(Section):
     """AdamW and batch sizes; gradient accumulation is derived from them and the number of ranks."""
 
     global_batch_size: int = Field(default=1024, ge=1)
-    """Images an optimizer step, over all ranks (Section 4.1)."""
+    """Images per optimizer step, over all ranks (Section 4.1)."""
     micro_batch_size: int = Field(default=32, ge=1)
-    """Images a rank forwards at once: what fits in memory."""
+    """Images that a rank forwards at once: what fits in memory."""
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate (Section 4.1: 6e-4 at batch 1024); not rescaled by batch size."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -360,6 +360,6 @@ class PretrainConfig(Section):
     decoder_dim: int = Field(default=512, ge=1)
     decoder_depth: int = Field(default=8, ge=1)
     decoder_heads: int = Field(default=16, ge=1)
-    """MAE's decoder, thrown away afterwards."""
+    """Sizes of MAE's decoder, thrown away afterwards."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Supervised: DeiT's."""

@@ -28,8 +28,8 @@ def open_held_out(data: DataConfig, evaluation: EvaluationConfig, *, train_sampl
     """Open `data.split` and `evaluation.split`.
 
     Args:
-        data: the recipe's section.
-        evaluation: the recipe's section.
+        data: what is trained on, and the size of its views.
+        evaluation: names the split that is held out.
         train_samples: take only the first so many training samples (shards are shuffled when they are made).
 
     Raises:

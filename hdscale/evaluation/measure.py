@@ -89,8 +89,8 @@ def measure_decoder_attention(
     """Compute head distance and NMI of every layer of a student's decoder (Figures 2(b) and 3(a)); no patch is masked.
 
     Args:
-        student: moved to the device, as the next.
-        decoder: it was trained with.
+        student: moved to the device.
+        decoder: that it was trained with; moved to the device, too.
         held_out: its held-out side is used.
         num_images: how many.
         device: where the models run.

@@ -85,7 +85,7 @@ def summary_json(rows: Sequence[SummaryRow]) -> dict[str, Any]:
 
 
 def curve_scalars(rows: Sequence[SummaryRow]) -> list[dict[str, float]]:
-    """Return TensorBoard tags and values, one dict a layer: charts over layers, not over steps."""
+    """Return TensorBoard tags and values, one dict per layer: charts over layers, not over steps."""
     layers: list[dict[str, float]] = []
     for row in rows:
         if row.curves is None:

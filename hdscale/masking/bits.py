@@ -1,4 +1,4 @@
-"""Masks as bits: one row a sample, 1 = kept."""
+"""Masks as bits: one row per sample, 1 = kept."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def patches_by_block(mask: MaskConfig, num_patches: int, depth: int) -> list[int
     """Return how many patches each block of the relation teacher runs on; None for a teacher that drops none.
 
     Args:
-        mask: the recipe's section.
+        mask: drops patches in the teacher where `in_teacher` says so.
         num_patches: N.
         depth: blocks of the relation teacher.
     """
@@ -98,7 +98,7 @@ def expected_num_keep(mask: MaskConfig, num_patches: int, depth: int) -> int | N
     """Return how many of `num_patches` the student sees, or None when it sees all of them unmasked.
 
     Args:
-        mask: the recipe's section.
+        mask: its strategy and ratio count.
         num_patches: N, of student and teachers alike.
         depth: blocks of the relation teacher; only `progressive` depends on it.
     """

@@ -25,9 +25,9 @@ from hdscale.staging import remove_leftovers, staged
 FORMAT = 1
 """Of manifest and parts."""
 PART_SIZE = 131_072
-"""Sample ids a part."""
+"""Sample ids per part."""
 OPEN_PARTS = 128
-"""Parts a reader keeps mapped: one view of ImageNet-21K has 109, and each takes a file descriptor."""
+"""Parts that a reader keeps mapped: one view of ImageNet-21K has 109, and each takes a file descriptor."""
 
 RUN_PRECOMPUTE = "run launch/precompute_masks.py"
 OTHER_STORE = f"{RUN_PRECOMPUTE} with mask.store=OTHER_FOLDER"
@@ -85,7 +85,7 @@ class MaskStore:
             num_patches: N.
             num_keep: K.
             views: augmented views of each sample; an existing store may grow.
-            part_size: sample ids a part.
+            part_size: sample ids per part.
 
         Raises:
             UserError: the folder holds something else, or masks made from something else, or cannot be written.
@@ -122,12 +122,9 @@ class MaskStore:
         return [place for place in every if not self._part_path(*place).exists()]
 
     def write_part(self, view: int, part: int, packed: np.ndarray) -> None:
-        """Write the masks of `part_samples(part)`, all or nothing.
+        """Write the masks of `part_samples(part)` in one view, all or nothing.
 
-        Args:
-            view: the augmented view.
-            part: which part.
-            packed: (n, ceil(N / 8)) uint8 from `pack_indices`.
+        Those of n samples are (n, ceil(N / 8)) uint8, from `pack_indices`.
         """
         sizes = self.manifest
         assert packed.dtype == np.uint8, packed.dtype

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hdscale.engine.ranks import Ranks
 
 _SIZES = (10**6, 64 * 10**6)  # bytes
-_SECONDS = 1.0  # of measuring a size
+_SECONDS = 1.0  # of measuring, per size
 _MOST_SECONDS = 10.0  # of a single all-reduce: the larger size shrinks until it fits
 _MOST_REPEATS = 50
 _MARK = "hdscale-rates "
@@ -49,9 +49,9 @@ class Rate(NamedTuple):
 
 
 def measure_all_reduce(ranks: Ranks) -> list[Rate]:
-    """Time all-reduces among all ranks, among one rank a machine, and within each machine.
+    """Time all-reduces among all ranks, among one rank per machine, and within each machine.
 
-    Every rank calls it and gets the same.
+    Every rank calls it and gets the same list.
     """
     machines = _machines(ranks)
     sets = {"all ranks": list(range(ranks.world_size))}
@@ -124,6 +124,11 @@ def rates_line(rates: Sequence[Rate]) -> str:
 def launch_all_reduce(script: Path, hostfile: Path | None, num_devices: int) -> tuple[list[Rate], str]:
     """Measure by the real launcher: on the hostfile's machines, or on this one's devices.
 
+    Args:
+        script: `launch/preflight.py`, which measures on the ranks that it is started on.
+        hostfile: None: this machine alone.
+        num_devices: ranks on this machine; a hostfile says it for its own machines.
+
     Returns:
         The rates and nothing, or no rates and what went wrong.
     """
@@ -161,16 +166,16 @@ def launch_all_reduce(script: Path, hostfile: Path | None, num_devices: int) -> 
 
 
 def vit_l_seconds(rate: Rate) -> float:
-    """Return what ViT-L's traffic under ZeRO-2 takes a step without accumulation, at a rate among all ranks.
+    """Return what ViT-L's traffic under ZeRO-2 takes per step without accumulation, at a rate among all ranks.
 
-    With `ds_configs/zero2.json` gradients are reduced to their owners and weights all-gathered, Psi (R - 1) / R a rank
-    each, with Psi the bytes of the parameters in fp16.
+    With `ds_configs/zero2.json` gradients are reduced to their owners and weights all-gathered, Psi (R - 1) / R per
+    rank each, with Psi the bytes of the parameters in fp16.
     """
     return 2 * _VIT_L_PARAMETERS * _FP16 * (rate.ranks - 1) / rate.ranks / (rate.bus_bandwidth * 1e9)
 
 
 def render_rates(rates: Sequence[Rate]) -> str:
-    """Return a line a measurement, and what it means for a training step."""
+    """Return one line per measurement, and what it means for a training step."""
     lines = [
         f"all-reduce, {rate.among} ({rate.ranks} ranks), {rate.num_bytes / 1e6:.0f} MB: {rate.seconds * 1e3:.1f} ms, "
         f"bus bandwidth {rate.bus_bandwidth:.3g} GB/s"

@@ -19,20 +19,31 @@ from hdscale.cluster.hostfile import Host
 from hdscale.cluster.launcher import python_path
 from hdscale.preflight.machine import Facts, Question, check_run_root, marked
 
+HERE = "here"
+"""The machine that asks."""
+
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _SSH_FAILED = 255
 _PATIENCE = 180
-"""Seconds for a machine to answer: it imports torch, perhaps over the network, and looks at all shards."""
+"""Seconds for one machine to answer: it imports torch, perhaps over the network, and looks at all shards."""
 
 _EXPORTED = ("PYTHON", "NCCL", "UCX")
 """Beginnings of the environment variables that DeepSpeed's launcher passes on to all machines."""
 
 _ENVIRONMENT_FILE = ".deepspeed_env"
 _MARK = "hdscale-facts "
-_AT_ONCE = 64
+_AT_ONCE = 64  # machines
 _REACHABLE = "reachable"
-HERE = "here"
-"""The machine that asks."""
+_SAME_VENV = "make its .venv with the same Python and the same versions of the packages"
+
+_VIEWS: dict[str, Callable[[Facts], Any]] = {
+    "python": lambda facts: facts.versions["python"],
+    "packages": lambda facts: facts.versions,
+    "source": lambda facts: facts.source,
+    "devices": lambda facts: sorted(set(facts.devices)),
+    "shards": lambda facts: facts.shards,
+}
+"""What machines are compared in, by name: values that JSON can hold."""
 
 
 def check_hosts(
@@ -141,15 +152,6 @@ class _Usual(NamedTuple):
     host: str  # the first one that has it
 
 
-_VIEWS: dict[str, Callable[[Facts], Any]] = {
-    "python": lambda facts: facts.versions["python"],
-    "packages": lambda facts: facts.versions,
-    "source": lambda facts: facts.source,
-    "devices": lambda facts: sorted(set(facts.devices)),
-    "shards": lambda facts: facts.shards,
-}
-
-
 def _usual(view: str, known: Mapping[Host, Facts]) -> _Usual:
     values = {host: json.dumps(_VIEWS[view](facts), sort_keys=True) for host, facts in known.items()}
     (value, _), *_ = Counter(values.values()).most_common(1)  # of equally many, the first
@@ -190,9 +192,6 @@ def _compare_versions(facts: Facts, usual: Mapping[str, _Usual]) -> list[Check]:
             "check out the same commit, without changes of its own",
         ),
     ]
-
-
-_SAME_VENV = "make its .venv with the same Python and the same versions of the packages"
 
 
 def _check_devices(host: Host, facts: Facts, usual: _Usual) -> Check:

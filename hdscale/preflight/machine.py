@@ -19,8 +19,8 @@ from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
 
-_FREE_MEMORY = 0.9  # of the device's
-_SHARED_MEMORY_A_DEVICE = 256e6
+_FREE_MEMORY = 0.9  # of the device's own
+_SHARED_MEMORY_PER_DEVICE = 256e6  # bytes
 
 
 class Question(NamedTuple):
@@ -88,7 +88,7 @@ def check_shared_memory(devices: int, folder: Path = Path("/dev/shm")) -> Check:
     """Look whether the loader's workers can hand over their batches; containers often come with 64 MB."""
     if not folder.is_dir():
         return Check("shared memory", None, f"no {folder}")
-    free, needed = shutil.disk_usage(folder).free, devices * _SHARED_MEMORY_A_DEVICE
+    free, needed = shutil.disk_usage(folder).free, devices * _SHARED_MEMORY_PER_DEVICE
     found = f"{free / 1e9:.1f} GB free in {folder}"
     if free < needed:
         way_out = f"give it {needed / 1e9:.1f} GB (docker run --shm-size), or set data.workers=0"

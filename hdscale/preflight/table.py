@@ -1,4 +1,4 @@
-"""The checks of all machines as one table."""
+"""The checks of all machines as one table, and what to do about those that fail."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def save_checkpoint(
         run_folder: the run's folder, shared by all ranks.
         shard: this rank's tensors, `KIND/NAME` to float32 on the CPU.
         state: JSON-able, the same on all ranks; holds `step`.
-        rank: this process.
-        world_size: all processes.
+        rank: this process's; the first one writes state and manifest, and removes old checkpoints.
+        world_size: how many ranks write a share each.
         keep: how many of the newest checkpoints stay.
 
     Returns:

@@ -16,7 +16,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends one JSON object a logged step and mirrors its numbers to TensorBoard."""
+    """Appends one JSON object per logged step and mirrors its numbers to TensorBoard."""
 
     def __init__(self, run_folder: Path, start_step: int) -> None:
         self._log = StepLog(run_folder / METRICS_FILE, start_step)

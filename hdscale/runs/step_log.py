@@ -11,7 +11,7 @@ from hdscale.staging import staged
 
 
 class StepLog:
-    """Appends one JSON object a line, each with its `step`; one process writes."""
+    """Appends one JSON object per line, each with its `step`; one process writes."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         """Go on after a step: lines of later ones, which a resumed run makes again, would stand there twice."""

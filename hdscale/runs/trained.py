@@ -26,7 +26,11 @@ class TrainedRun(NamedTuple):
 
 
 def read_run(folder: Path) -> TrainedRun:
-    """Read a run folder's recipe, newest checkpoint and speed."""
+    """Read a run folder's recipe, newest checkpoint and speed.
+
+    Raises:
+        UserError: it is no run folder, or has no checkpoint that is whole.
+    """
     recipe, checkpoint = load_run_recipe(folder), require_checkpoint(folder)
     rates = [line["images_per_second"] for line in read_metrics(folder)]
     return TrainedRun(
