@@ -1,4 +1,7 @@
-"""How every command ends: a readable line for a mistake of the user's or a lost host, a traceback for one of ours."""
+"""What commands share: how they end, and a check of an argument that several take.
+
+They end with a readable line for a mistake of the user's or a lost host, with a traceback for a mistake of ours.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,10 @@ def _among_ranks() -> bool:
 
 
 def check_workers(workers: int) -> None:
-    """Raise a UserError for a number of processes that cannot be."""
+    """Check `--workers`.
+
+    Raises:
+        UserError: it is below 1.
+    """
     if workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}: leave it out for one a core")

@@ -17,12 +17,10 @@ from hdscale.ablation.rendering import Report, render_csv, render_markdown
 from hdscale.ablation.results import RowResult
 from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_jobs
 from hdscale.ablation.table import Row
-from hdscale.cli import EXIT_DONE, EXIT_STOPPED
+from hdscale.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from hdscale.errors import UserError
 from hdscale.evaluation.held_out import open_held_out
 from hdscale.staging import staged
-
-EXIT_FAILED = 1
 
 
 class Ablation(NamedTuple):

@@ -19,7 +19,7 @@ from typing import NamedTuple, TextIO
 import psutil
 
 from hdscale.ablation.jobs import Job, RowJobs
-from hdscale.ablation.scales import Scale, Training
+from hdscale.ablation.scales import OUTPUT, Scale, Training
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
@@ -155,7 +155,7 @@ def _is_same(training: Training, output: Path) -> bool:
     found = training.found_at
     if found is None or not all((found / file).is_file() for file in _TEACHER_FILES):
         return False
-    overrides = [override.replace("{output}", str(output)) for override in training.overrides]
+    overrides = [override.replace(OUTPUT, str(output)) for override in training.overrides]
     return not changed_fields(load_run_recipe(found), load_recipe(training.recipe, overrides))
 
 
