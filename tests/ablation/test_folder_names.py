@@ -111,7 +111,7 @@ ELSEWHERE = ("run.precision", "mask.source", "mask.in_teacher", "targets.source"
 
 def names(output, *overrides, table=TABLE, scale=REAL):
     """Return the names of the run's folder and of its mask store."""
-    plan = JobBuilder(Settings(table, scale, output, overrides)).row(table.rows[0], 0)
+    plan = JobBuilder(Settings(table, scale, output, overrides)).build_row(table.rows[0], 0)
     return plan.folder.name, plan.recipe.mask.store.rpartition("/")[2]
 
 
@@ -153,7 +153,7 @@ def test_precision_gives_masks_and_run_new_folders(tmp_path):
 
 def test_masks_that_are_made_in_the_step_are_not_stored(tmp_path):
     for overrides in (("mask.source=online",), ("mask.source=online", "mask.in_teacher=drop")):
-        plan = JobBuilder(Settings(TABLE, REAL, tmp_path, overrides)).row(TABLE.rows[0], 0)
+        plan = JobBuilder(Settings(TABLE, REAL, tmp_path, overrides)).build_row(TABLE.rows[0], 0)
         assert [job.script for job in plan.jobs] == ["launch/train.py"]
         assert plan.folder.name != names(tmp_path)[0]
     assert names(tmp_path, *overrides)[0] != names(tmp_path, "mask.source=online")[0]
@@ -168,6 +168,6 @@ def test_a_teacher_that_hdscale_trains_is_the_same_file_wherever_the_output_lies
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_seed_is_in_both_names(seed, tmp_path):
-    plan = JobBuilder(Settings(TABLE, REAL, tmp_path)).row(TABLE.rows[0], seed)
+    plan = JobBuilder(Settings(TABLE, REAL, tmp_path)).build_row(TABLE.rows[0], seed)
     assert plan.folder.name.endswith(f"-seed{seed}")
     assert plan.recipe.mask.store.endswith(f"-seed{seed}")

@@ -43,7 +43,7 @@ CASES = [pytest.param(table, *row, id=f"{table}-{row[0]}") for table, rows in RO
 
 
 def plan_of(table, row, scale, output):
-    return JobBuilder(Settings(TABLES[table], SCALES[scale], output)).row(TABLES[table].row(row), 0)
+    return JobBuilder(Settings(TABLES[table], SCALES[scale], output)).build_row(TABLES[table].row(row), 0)
 
 
 def fields(recipe, output):

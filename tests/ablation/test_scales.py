@@ -64,7 +64,7 @@ def test_the_paper_s_scale_is_vit_b_for_300_epochs_and_100_in_ablations_on_8_gpu
 
 def pretraining(scale, table, row, output):
     """Return name, method and recipe of the teachers that a row has trained, and where a finished one is looked for."""
-    jobs = JobBuilder(Settings(TABLES[table], SCALES[scale], output)).row(TABLES[table].row(row), 0).jobs
+    jobs = JobBuilder(Settings(TABLES[table], SCALES[scale], output)).build_row(TABLES[table].row(row), 0).jobs
     found = []
     for job in (job for job in jobs if job.script == "launch/pretrain_teacher.py"):
         method_flag, method, recipe_flag, recipe, *overrides = job.arguments
