@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
+from hdscale.config.loading import load_recipe
+from hdscale.teachers.build import build_teacher
+
+pytest.register_assert_rewrite("tests.helpers.whole_runs")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = ROOT / "tests/training/scenarios.py"
@@ -42,3 +46,18 @@ def curve(world):
         return [line[column] for line in lines]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def recipe(world):
+    return load_recipe(world.recipe)
+
+
+@pytest.fixture(scope="session")
+def teachers(recipe):
+    """Feature and relation teacher, unpruned, with everything a test may ask for."""
+    feature = build_teacher(recipe.feature_teacher, grid_size=8)
+    relation = build_teacher(
+        recipe.relation_teacher, grid_size=8, relation_layers=recipe.relation.layers, mask=recipe.mask
+    )
+    return feature, relation

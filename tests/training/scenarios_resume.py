@@ -1,0 +1,115 @@
+"""Runs that stop and go on: on request, by a signal, on other ranks, in bf16, with the optimizer on the CPU."""
+
+import os
+import signal
+
+from safetensors.torch import save_file
+
+import hdscale.training.distill as distillation
+from hdscale.config.deepspeed import load_ds_config
+from hdscale.engine.zero_state import gather_shard
+from hdscale.training.distill import distill
+from hdscale.training.loop import run_loader, train_step
+from tests.helpers.whole_runs import STOP
+from tests.training.lab import ROOT, SHORT, watched_optimizers
+
+
+def resume(lab):
+    """Train in one go, and with a stop on the way."""
+    found = {}
+    for stage in (2, "3all"):
+        whole, cut = f"whole-z{stage}", f"cut-z{stage}"
+        codes = [lab.distill(whole, stage, *SHORT)]
+        codes.append(lab.distill(cut, stage, *SHORT, f"schedule.stop_after={STOP}"))
+        done_early = (lab.run_folder(cut) / "DONE").exists()
+        codes.append(lab.distill(cut, stage, *SHORT))
+        codes.append(lab.distill(cut, stage, *SHORT))
+        found[str(stage)] = {"codes": codes, "done_early": done_early}
+    return found
+
+
+def interrupt(lab):
+    """Send SIGTERM to the last rank in its fourth step."""
+    batches = []
+
+    def start(*what):
+        session = original(*what)
+
+        def ask_teachers(batch):
+            batches.append(batch)
+            if len(batches) == STOP and lab.ranks.rank == lab.ranks.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return session.ask_teachers(batch)
+
+        return session._replace(ask_teachers=ask_teachers)
+
+    original, distillation.start = distillation.start, start
+    try:
+        code = lab.distill("interrupted", 2, *SHORT)
+    finally:
+        distillation.start = original
+    latest = (lab.run_folder("interrupted") / "checkpoints/latest").read_text().strip()
+    return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *SHORT)}
+
+
+def elastic_source(lab):
+    """Leave checkpoints behind, of both stages."""
+    return [lab.distill(f"elastic-from-{stage}", stage, f"schedule.stop_after={STOP}") for stage in (2, "3all")]
+
+
+def elastic(lab):
+    """Load the checkpoints of two ranks under other stages, here and with one rank."""
+    found = {}
+    for source, stage in ((2, 2), (2, "3all"), ("3all", 2)):
+        name = f"elastic-{source}-to-{stage}-of-{lab.ranks.world_size}"
+        lab.copy_run(f"elastic-from-{source}", name)
+        with lab.session(name, stage) as session:
+            assert session.run.checkpoint.step == STOP
+            shard = gather_shard(session.engine, lab.ranks.rank, lab.ranks.world_size)
+            save_file(shard, lab.folder / f"{name}-{lab.ranks.rank}.safetensors")
+            batches = list(run_loader(session, STOP, STOP + 3))
+            ids = lab.everyone([batch.sample_ids.tolist() for batch in batches])
+        found[name] = {"ids": ids, "code": lab.distill(name, stage, f"schedule.stop_after={STOP + 3}")}
+    return found
+
+
+def bf16(lab):
+    found = {}
+    low = ["run.precision=bf16", "mask.source=online", "student.drop_path=0.3", "schedule.epochs=1.07"]  # 4 steps
+    for stage in (2, 3):
+        codes = [lab.distill(f"bf16-whole-z{stage}", stage, *low)]
+        codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low, "schedule.stop_after=2"))
+        codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low))
+        with lab.session(f"bf16-look-z{stage}", stage, *low) as session:
+            found[str(stage)] = {"codes": codes, "dtypes": _dtypes(session, lab)}
+    return found
+
+
+def _dtypes(session, lab):
+    """Look at what the module gets through the engine."""
+    seen = []
+    session.engine.module.register_forward_pre_hook(lambda _, given: seen.append(given))
+    train_step(session, next(iter(run_loader(session, 0, 1))))
+    ((images, targets),) = seen
+    weight = next(iter(session.engine.module.parameters())).dtype
+    kinds = {
+        "images": images.dtype,
+        "weights": weight,
+        "relations": targets.relations[0].dtype,
+        "features": targets.features.dtype,
+        "keep_indices": targets.keep_indices.dtype,
+    }
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in kinds.items()}
+
+
+def offloaded(lab):
+    """Train with the optimizer on the CPU, in one go and with a stop, beside one where it is with the rest."""
+    config = load_ds_config(ROOT / "ds_configs/zero2_offload.json")
+    few = ["schedule.stop_after=6"]
+    found = {"none": [lab.distill("offload-none", 2, *few)]}
+    with watched_optimizers() as steps:
+        found["whole"] = [distill(lab.recipe("offload-whole", *few), config, lab.teacher)]
+        found["cut"] = [
+            distill(lab.recipe("offload-cut", f"schedule.stop_after={stop}"), config, lab.teacher) for stop in (STOP, 6)
+        ]
+    return found | {"optimizers": sorted({name for name, _ in steps})}
