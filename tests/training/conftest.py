@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 from hdscale.config.loading import load_recipe
 from hdscale.teachers.build import build_teacher
+from hdscale.training import loop as loop_module
+from tests.helpers.made_up_loop import Loop
 
 pytest.register_assert_rewrite("tests.helpers.whole_runs")
 
@@ -61,3 +64,22 @@ def teachers(recipe):
         recipe.relation_teacher, grid_size=8, relation_layers=recipe.relation.layers, mask=recipe.mask
     )
     return feature, relation
+
+
+@pytest.fixture
+def new_loop(tmp_path, process_group, monkeypatch):
+    return lambda name="run": Loop(tmp_path / name, monkeypatch)
+
+
+@pytest.fixture
+def loop(new_loop):
+    return new_loop()
+
+
+@pytest.fixture
+def four_ranks(loop, monkeypatch):
+    """A loop that takes itself for one of four ranks, which all do the same; it returns what it would have saved."""
+    saved = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(4))
+    monkeypatch.setattr(loop_module, "save_checkpoint", lambda *given, **settings: saved.append((*given[2:], settings)))
+    return saved

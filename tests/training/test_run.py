@@ -171,7 +171,7 @@ def test_stored_masks_of_another_number_of_patches_are_refused(recipe, tmp_path)
 
 
 @pytest.fixture
-def loop(monkeypatch):
+def loop_calls(monkeypatch):
     """Stand where the training loop does: keep what it is given, and reach the end."""
     given = []
 
@@ -193,7 +193,9 @@ def with_settings(recipe, **sections):
 
 
 @pytest.mark.parametrize(("stop_after", "end", "code"), [(None, 20, 0), (7, 7, 75), (20, 20, 0), (30, 20, 0)])
-def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(stop_after, end, code, recipe, loop, tmp_path):
+def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(
+    stop_after, end, code, recipe, loop_calls, tmp_path
+):
     recipe = with_settings(
         recipe,
         schedule={"stop_after": stop_after},
@@ -206,7 +208,7 @@ def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(stop_aft
     first, second = (Session(run, ranks, "engine", "ask_teachers") for ranks in (FIRST, SECOND))
     for session in (first, second):
         assert train_run(session) == code
-    (trained, metrics, stop), (other, no_metrics, _) = loop
+    (trained, metrics, stop), (other, no_metrics, _) = loop_calls
     assert (trained, other, stop) == (first, second, "the flag")
     assert run.schedule == Schedule(total_steps=20, warmup_steps=3, peak_lr=1e-3, min_lr=1e-5)
     assert (run.start_step, run.end_step, run.shards.num_samples) == (4, end, 60)
@@ -216,7 +218,9 @@ def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(stop_aft
 
 
 @pytest.mark.parametrize(("step", "stop_after", "code"), [(20, None, 0), (8, 8, 75), (9, 8, 75)])
-def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(step, stop_after, code, recipe, loop, tmp_path):
+def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(
+    step, stop_after, code, recipe, loop_calls, tmp_path
+):
     recipe = with_settings(recipe, schedule={"stop_after": stop_after})
     run = plan(recipe)._replace(checkpoint=Checkpoint(tmp_path, {"step": step, "quarantine": []}))
     said, nothing = io.StringIO(), io.StringIO()
@@ -224,4 +228,4 @@ def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(step, stop_af
     assert train_run(Session(run, SECOND, "engine", "ask_teachers"), nothing) == code
     assert said.getvalue() == f"{run.folder}: step {step} of 20 is done already\n"
     assert nothing.getvalue() == ""
-    assert loop == []
+    assert loop_calls == []
