@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from tests.helpers.whole_runs import BAD, STOP
-from tests.training.lab import SHORT
+from tests.training.lab import DROP_PATH, REPLICATED
 
 MORE_BAD = [10, 44, 59]
 
@@ -20,7 +20,7 @@ def damaged(lab):
             shutil.copytree(lab.folder / "shards", lab.folder / name)
             _spoil(open_shards(lab.folder / name, "train"), ids)
         dist.barrier()
-    every = [*SHORT, "mask.source=online", "data.max_bad_fraction=0.05"]  # 3 of 60
+    every = [*REPLICATED, DROP_PATH, "mask.source=online", "data.max_bad_fraction=0.05"]  # 3 of 60
     few, many = (f"data.shards={lab.folder / name}" for name in ("few", "many"))
     codes = [lab.distill("damaged-whole", 2, *every, few)]
     codes.append(lab.distill("damaged-cut", 2, *every, few, f"schedule.stop_after={STOP}"))

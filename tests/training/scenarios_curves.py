@@ -5,17 +5,19 @@ import webdataset
 from data_tools.index_shards import main as index_shards
 from hdscale.data.index import open_shards
 from hdscale.training.distill import distill
-from tests.training.lab import ONLINE, watched_optimizers
+from tests.training.lab import DROP_PATH, REPLICATED, watched_optimizers
+
+ONLINE = ["mask.source=online", "student.checkpoint_every=1"]
+ALONE = [*REPLICATED, *ONLINE, "optim.micro_batch_size=16"]
 
 
 def curves_of_two(lab):
-    """Train with every stage, source of masks and accumulation; note what steps."""
+    """Train with every stage, the plain way and with all that must not change losses; note what steps."""
     found = {}
     for stage in (2, 3):
         for how, overrides in (
             ("store-0", ["mask.source=store", "student.checkpoint_every=0"]),
-            ("online-1", ["mask.source=online", "student.checkpoint_every=1"]),
-            ("accumulated", ["optim.micro_batch_size=4"]),
+            ("online-1-accumulated", [*ONLINE, "optim.micro_batch_size=4"]),
         ):
             name = f"two-z{stage}-{how}"
             with watched_optimizers() as steps:
@@ -26,9 +28,8 @@ def curves_of_two(lab):
 def curves_of_one(lab):
     codes = {}
     for name, stage, overrides in (
-        ("one-z2-accumulated", 2, ["optim.micro_batch_size=4"]),
-        ("one-z2-online-1", 2, ONLINE),
-        ("one-z3-store-0", 3, ["optim.micro_batch_size=16"]),
+        ("one-z2-online-1", 2, ALONE),
+        ("one-z3-accumulated", 3, ["optim.micro_batch_size=8"]),
     ):
         codes[name] = lab.distill(name, stage, *overrides)
     return codes
@@ -55,10 +56,9 @@ OTHERS = {
 def others(lab):
     """Take a few steps with each of the paper's other targets, masks and baselines."""
     count = lab.ranks.world_size
-    small = [f"optim.micro_batch_size={16 // count}", "schedule.stop_after=4"]
-    return {
-        name: lab.distill(f"{name}-of-{count}", "3all" if count > 1 else 2, *OTHERS[name], *small) for name in OTHERS
-    }
+    small = [f"optim.micro_batch_size={16 // count}", "schedule.stop_after=3"]
+    stage, sharding = ("3all", []) if count > 1 else (2, REPLICATED)
+    return {name: lab.distill(f"{name}-of-{count}", stage, *small, *sharding, *OTHERS[name]) for name in OTHERS}
 
 
 def foreign(lab):
@@ -70,7 +70,7 @@ def foreign(lab):
         for row in range(shards.num_samples):
             writer.write({"__key__": f"s{row:05d}", "png": shards.read(row), "json": {"label": row % 3}})
     assert index_shards(["--input", str(folder), "--workers", "1"]) == 0
-    return lab.distill("foreign", 2, *ONLINE, f"data.shards={folder}", "schedule.stop_after=5")
+    return lab.distill("foreign", 2, *ALONE, f"data.shards={folder}", "schedule.stop_after=5")
 
 
 CHECKPOINTING = {"none": None, "torch": None, "partitioned": {"partition_activations": True}}
@@ -83,8 +83,10 @@ def checkpointing(lab):
     codes = {}
     for kind, section in CHECKPOINTING.items():
         every = 0 if kind == "none" else 1
-        small = ["student.drop_path=0.3", "schedule.stop_after=4", f"student.checkpoint_every={every}"]
-        for stage, overrides in ((2, USED_ELSEWHERE), ("3all", [])):
+        small = [DROP_PATH, "schedule.stop_after=3", f"student.checkpoint_every={every}"]
+        for stage, overrides in ((2, [*REPLICATED, *USED_ELSEWHERE]), ("3all", [])):
+            if (kind, stage) == ("none", "3all"):
+                continue  # whole-z3all of `resume` begins so
             name = f"checkpointing-{kind}-z{stage}"
             config = lab.configs[stage] | ({"activation_checkpointing": section} if section else {})
             codes[name] = distill(lab.recipe(name, *small, *overrides), config, lab.teacher)

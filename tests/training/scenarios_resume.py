@@ -9,9 +9,11 @@ import hdscale.training.distill as distillation
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.engine.zero_state import gather_shard
 from hdscale.training.distill import distill
-from hdscale.training.loop import run_loader, train_step
+from hdscale.training.loop import run_loader, train_run
 from tests.helpers.whole_runs import STOP
-from tests.training.lab import ROOT, SHORT, watched_optimizers
+from tests.training.lab import DROP_PATH, REPLICATED, ROOT, watched_optimizers
+
+TO_STOP = {2: [DROP_PATH, *REPLICATED], "3all": [DROP_PATH]}
 
 
 def resume(lab):
@@ -19,11 +21,11 @@ def resume(lab):
     found = {}
     for stage in (2, "3all"):
         whole, cut = f"whole-z{stage}", f"cut-z{stage}"
-        codes = [lab.distill(whole, stage, *SHORT)]
-        codes.append(lab.distill(cut, stage, *SHORT, f"schedule.stop_after={STOP}"))
+        codes = [lab.distill(whole, stage, *TO_STOP[stage])]
+        codes.append(lab.distill(cut, stage, *TO_STOP[stage], f"schedule.stop_after={STOP}"))
         done_early = (lab.run_folder(cut) / "DONE").exists()
-        codes.append(lab.distill(cut, stage, *SHORT))
-        codes.append(lab.distill(cut, stage, *SHORT))
+        codes.append(lab.distill(cut, stage, *TO_STOP[stage]))
+        codes.append(lab.distill(cut, stage, *TO_STOP[stage]))
         found[str(stage)] = {"codes": codes, "done_early": done_early}
     return found
 
@@ -45,11 +47,11 @@ def interrupt(lab):
 
     original, distillation.start = distillation.start, start
     try:
-        code = lab.distill("interrupted", 2, *SHORT)
+        code = lab.distill("interrupted", 2, *TO_STOP[2])
     finally:
         distillation.start = original
     latest = (lab.run_folder("interrupted") / "checkpoints/latest").read_text().strip()
-    return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *SHORT)}
+    return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *TO_STOP[2])}
 
 
 def elastic_source(lab):
@@ -63,34 +65,33 @@ def elastic(lab):
     for source, stage in ((2, 2), (2, "3all"), ("3all", 2)):
         name = f"elastic-{source}-to-{stage}-of-{lab.ranks.world_size}"
         lab.copy_run(f"elastic-from-{source}", name)
-        with lab.session(name, stage) as session:
+        with lab.session(name, stage, f"schedule.stop_after={STOP + 3}") as session:
             assert session.run.checkpoint.step == STOP
             shard = gather_shard(session.engine, lab.ranks.rank, lab.ranks.world_size)
             save_file(shard, lab.folder / f"{name}-{lab.ranks.rank}.safetensors")
             batches = list(run_loader(session, STOP, STOP + 3))
             ids = lab.everyone([batch.sample_ids.tolist() for batch in batches])
-        found[name] = {"ids": ids, "code": lab.distill(name, stage, f"schedule.stop_after={STOP + 3}")}
+            found[name] = {"ids": ids, "code": train_run(session)}
     return found
 
 
 def bf16(lab):
     found = {}
-    low = ["run.precision=bf16", "mask.source=online", "student.drop_path=0.3", "schedule.epochs=1.07"]  # 4 steps
-    for stage in (2, 3):
-        codes = [lab.distill(f"bf16-whole-z{stage}", stage, *low)]
+    four_steps = ["run.precision=bf16", "mask.source=online", DROP_PATH, "schedule.epochs=1.07"]
+    for stage, low in ((2, [*four_steps, *REPLICATED]), (3, four_steps)):
+        with lab.session(f"bf16-whole-z{stage}", stage, *low) as session:
+            seen = []
+            session.engine.module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given))
+            codes = [train_run(session)]
+            dtypes = _dtypes(session, *seen[0])
         codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low, "schedule.stop_after=2"))
         codes.append(lab.distill(f"bf16-cut-z{stage}", stage, *low))
-        with lab.session(f"bf16-look-z{stage}", stage, *low) as session:
-            found[str(stage)] = {"codes": codes, "dtypes": _dtypes(session, lab)}
+        found[str(stage)] = {"codes": codes, "dtypes": dtypes}
     return found
 
 
-def _dtypes(session, lab):
-    """Look at what the module gets through the engine."""
-    seen = []
-    session.engine.module.register_forward_pre_hook(lambda _, given: seen.append(given))
-    train_step(session, next(iter(run_loader(session, 0, 1))))
-    ((images, targets),) = seen
+def _dtypes(session, images, targets):
+    """Name what the module got through the engine."""
     weight = next(iter(session.engine.module.parameters())).dtype
     kinds = {
         "images": images.dtype,
@@ -103,13 +104,10 @@ def _dtypes(session, lab):
 
 
 def offloaded(lab):
-    """Train with the optimizer on the CPU, in one go and with a stop, beside one where it is with the rest."""
-    config = load_ds_config(ROOT / "ds_configs/zero2_offload.json")
-    few = ["schedule.stop_after=6"]
-    found = {"none": [lab.distill("offload-none", 2, *few)]}
+    """Train with the optimizer on the CPU, in one go and with a stop."""
+    config, found = load_ds_config(ROOT / "ds_configs/zero2_offload.json"), {}
     with watched_optimizers() as steps:
-        found["whole"] = [distill(lab.recipe("offload-whole", *few), config, lab.teacher)]
-        found["cut"] = [
-            distill(lab.recipe("offload-cut", f"schedule.stop_after={stop}"), config, lab.teacher) for stop in (STOP, 6)
-        ]
+        for name, stops in (("whole", (STOP,)), ("cut", (2, STOP))):
+            recipes = [lab.recipe(f"offload-{name}", *REPLICATED, f"schedule.stop_after={stop}") for stop in stops]
+            found[name] = [distill(recipe, config, lab.teacher) for recipe in recipes]
     return found | {"optimizers": sorted({name for name, _ in steps})}

@@ -8,19 +8,21 @@ from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
 from hdscale.training.distill import build_teacher_engines, teacher_digests
 from hdscale.training.loop import run_loader, train_step
+from tests.helpers.sessions import started
+from tests.training.lab import REPLICATED
 
 
 def teachers(lab):
     """Train two steps beside sharded teachers and look at them."""
     found = {}
-    with lab.session("teachers", 3, "schedule.stop_after=2") as session:
+    with started(lab.recipe("teachers"), lab.configs[3], lab.teacher_all) as session:
         before = teacher_digests(session.teacher_engines)
         held = {name: [held_elements(teacher)] for name, teacher in session.teacher_engines.items()}
         for batch in run_loader(session, 0, 2):
             train_step(session, batch)
             for name, teacher in session.teacher_engines.items():
                 held[name].append(held_elements(teacher))
-        recipe = lab.recipe("whole", "feature_teacher.sharding=replicate", "relation_teacher.sharding=replicate")
+        recipe = lab.recipe("whole", *REPLICATED)
         fresh = build_teachers(recipe, 8)
         whole = build_teacher_engines(fresh, recipe, lab.teacher, "fp32", lab.ranks)
         pair = TeacherPair(

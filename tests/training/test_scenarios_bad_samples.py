@@ -10,7 +10,7 @@ from hdscale.data.index import open_shards
 from hdscale.data.order import build_order
 from hdscale.data.samples import substitute
 from hdscale.runs.checkpoint import newest_checkpoint
-from tests.helpers.whole_runs import BAD, BATCH, assert_same_checkpoints
+from tests.helpers.whole_runs import BAD, BATCH, STEPS, assert_same_checkpoints
 
 
 @pytest.mark.parametrize("name", ["damaged-whole", "damaged-cut"])
@@ -31,7 +31,7 @@ def test_bad_samples_of_all_ranks_are_listed_once_and_replaced(name, world, reci
         )
         assert line["name"].startswith("class")
     counts = curve(name, "bad_samples")
-    assert counts == [sum(line["step"] <= step for line in lines) for step in range(1, 11)]
+    assert counts == [sum(line["step"] <= step for line in lines) for step in range(1, STEPS + 1)]
     assert newest_checkpoint(folder).state["quarantine"] == BAD
 
 
@@ -52,4 +52,4 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks_with_a_checkpoint(world, 
     ]
     assert two_ranks["damaged"]["latest"] == f"step-{lines[-1]['step']:09d}"
     assert two_ranks["damaged"]["codes"][3] == 0  # goes on when the shards are mended
-    assert len(curve("damaged-many")) == 10
+    assert len(curve("damaged-many")) == STEPS

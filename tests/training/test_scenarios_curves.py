@@ -14,8 +14,8 @@ from hdscale.types import Targets
 from tests.helpers.whole_runs import BATCH, STEPS, global_batch, plain_lr, relative_difference
 
 # The last number: student.checkpoint_every.
-TWO = [f"two-z{stage}-{how}" for stage in (2, 3) for how in ("store-0", "online-1", "accumulated")]
-ONE = ["one-z2-accumulated", "one-z2-online-1", "one-z3-store-0"]
+TWO = [f"two-z{stage}-{how}" for stage in (2, 3) for how in ("store-0", "online-1-accumulated")]
+ONE = ["one-z2-online-1", "one-z3-accumulated"]
 
 
 def at_rows(tokens, kept):
@@ -88,14 +88,16 @@ def test_one_rank_trains_as_plain_pytorch_does(name, one_rank, curve, plain_curv
 
 
 @pytest.mark.parametrize("name", ["attention", "features", "dropping", "dbot", "mask_tokens", "fd", "eva"])
-def test_the_paper_s_other_ways_train_the_same_on_two_ranks_of_zero_3_and_on_one(name, two_ranks, one_rank, curve):
-    assert two_ranks["others"][name] == one_rank["others"][name] == 75  # stopped after 4 of 20 steps
+def test_the_paper_s_other_ways_train_the_same_on_two_ranks_of_zero_3_and_on_one(
+    name, two_ranks, one_rank, curve, plain_curve
+):
+    assert two_ranks["others"][name] == one_rank["others"][name] == 75  # stopped after 3 of 8 steps
     assert relative_difference(curve(f"{name}-of-2"), curve(f"{name}-of-1")) <= 1e-5
-    assert relative_difference(curve(f"{name}-of-1"), curve("one-z3-store-0")[:4]) > 1e-3
+    assert relative_difference(curve(f"{name}-of-1"), plain_curve[:3]) > 1e-3
 
 
 def test_tars_that_plain_webdataset_wrote_train_as_ours_do(one_rank, curve):
-    assert one_rank["foreign"] == 75  # stopped after 5 of 20 steps
+    assert one_rank["foreign"] == 75  # stopped after 5 of 8 steps
     assert curve("foreign") == curve("one-z2-online-1")[:5]
 
 
@@ -115,24 +117,25 @@ def test_adamw_steps_at_the_schedule_s_rates_and_the_log_shows_them(name, two_ra
 @pytest.mark.parametrize("stage", ["2", "3all"])
 @pytest.mark.parametrize("kind", ["torch", "partitioned"])
 def test_recomputed_activations_give_the_same_losses_whoever_keeps_them(kind, stage, curve, two_ranks):
-    name, plain = f"checkpointing-{kind}-z{stage}", f"checkpointing-none-z{stage}"
-    assert two_ranks["checkpointing"][name] == two_ranks["checkpointing"][plain] == 75
+    name, plain = f"checkpointing-{kind}-z{stage}", "whole-z3all" if stage == "3all" else "checkpointing-none-z2"
+    assert set(two_ranks["checkpointing"].values()) == {75}  # stopped after 3 of 8 steps
     losses, norms = curve(name), curve(name, "grad_norm")
-    assert len(losses) == 4
+    plain_losses, plain_norms = curve(plain)[:3], curve(plain, "grad_norm")[:3]
+    assert len(losses) == 3
     if kind == "torch":
         # It recomputes from the very tensors of the first forward: the same kernels on the same shapes, strides and
         # addresses, whatever the processor.
-        assert losses == curve(plain)
-        assert norms == curve(plain, "grad_norm")
+        assert losses == plain_losses
+        assert norms == plain_norms
         return
     # DeepSpeed recomputes from contiguous copies at other addresses. By strides and alignment, a processor's matrix
     # products and sums may take another path and add in another order: equal on some, a rounding apart on others.
-    assert losses[0] == curve(plain)[0]  # before anything is recomputed
-    assert losses == pytest.approx(curve(plain), rel=1e-5)
-    assert norms == pytest.approx(curve(plain, "grad_norm"), rel=1e-4)
+    assert losses[0] == plain_losses[0]  # before anything is recomputed
+    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    assert norms == pytest.approx(plain_norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["two-z2-store-0", "two-z3-online-1"])
+@pytest.mark.parametrize("name", ["two-z2-store-0", "two-z3-online-1-accumulated"])
 def test_checkpoints_hold_student_and_head_and_nothing_else(name, world, recipe, two_ranks):
     distiller = build_distiller(
         recipe.student,
