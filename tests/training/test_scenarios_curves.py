@@ -36,11 +36,8 @@ def plain_targets(recipe, teachers, images):
     return Targets(kept, torch.stack([sample[row] for sample, row in zip(tokens, kept, strict=True)]), relations)
 
 
-@pytest.fixture(scope="module")
-def plain_curve(world, recipe, teachers):
-    """The same training in a loop of plain PyTorch, without ranks, engines or loader."""
-    shards = open_shards(world.folder / "shards", "train")
-    distiller = build_distiller(
+def untrained(recipe):
+    return build_distiller(
         recipe.student,
         recipe.relation,
         recipe.loss,
@@ -50,6 +47,13 @@ def plain_curve(world, recipe, teachers):
         relation_heads=3,
         teacher_has_cls=True,
     )
+
+
+@pytest.fixture(scope="module")
+def plain_curve(world, recipe, teachers):
+    """The same training in a loop of plain PyTorch, without ranks, engines or loader."""
+    shards = open_shards(world.folder / "shards", "train")
+    distiller = untrained(recipe)
     named = dict(distiller.named_parameters())
     undecayed = {name for name in named if name.endswith(("bias", "cls_token")) or "norm" in name}
     optimizer = torch.optim.AdamW(
@@ -137,16 +141,7 @@ def test_recomputed_activations_give_the_same_losses_whoever_keeps_them(kind, st
 
 @pytest.mark.parametrize("name", ["two-z2-store-0", "two-z3-online-1-accumulated"])
 def test_checkpoints_hold_student_and_head_and_nothing_else(name, world, recipe, two_ranks):
-    distiller = build_distiller(
-        recipe.student,
-        recipe.relation,
-        recipe.loss,
-        img_size=32,
-        seed=0,
-        feature_dim=48,
-        relation_heads=3,
-        teacher_has_cls=True,
-    )
+    distiller = untrained(recipe)
     shapes = {name: parameter.shape for name, parameter in distiller.named_parameters()}
     wanted = {f"{kind}/{name}": shape for kind in ("weight", "exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
     wanted |= {f"buffer/{name}": distiller.state_dict()[name].shape for name in distiller.state_dict() - shapes.keys()}
