@@ -9,7 +9,7 @@ from hdscale.data.loader import SequentialLoader
 from hdscale.data.order import build_order
 from hdscale.runs.checkpoint import newest_checkpoint
 
-STEPS, BATCH, STOP = 8, 16, 4  # steps 4 and 8 straddle epochs of 60 samples; clipping ends between them
+STEPS, BATCH, STOP = 8, 16, 4  # steps 4 and 8 straddle epochs of 60 samples; steps 1 to 3 are clipped
 BAD = [3, 30]
 
 
