@@ -10,7 +10,7 @@ from hdscale.data.index import open_shards
 from hdscale.distiller import build_distiller
 from hdscale.losses import token_relation
 from hdscale.teachers.targets import online_keep_indices
-from hdscale.types import Targets
+from hdscale.types import Targets, TeacherShapes
 from tests.helpers.whole_runs import BATCH, STEPS, global_batch, plain_lr, relative_difference
 
 # The last number: student.checkpoint_every.
@@ -43,9 +43,7 @@ def untrained(recipe):
         recipe.loss,
         img_size=32,
         seed=recipe.run.seed,
-        feature_dim=48,
-        relation_heads=3,
-        teacher_has_cls=True,
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
     )
 
 
