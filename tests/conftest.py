@@ -24,7 +24,7 @@ from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
 from hdscale.teachers.files import save_teacher_file
 
-pytest_plugins = ["tests.helpers.ranks", "tests.helpers.shards"]
+pytest_plugins = ["tests.helpers.launcher", "tests.helpers.ranks", "tests.helpers.shards"]
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 60

@@ -9,27 +9,21 @@ import json
 import os
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from hdscale.cluster import arrival as rendezvous
+from hdscale.cluster import arrival, rendezvous
 from hdscale.cluster.arrival import check_same, meeting
-from hdscale.cluster.launcher import planned_hosts
+from hdscale.cluster.launcher import free_port, planned_hosts
 from hdscale.cluster.rendezvous import Rendezvous, name_ranks
 from hdscale.errors import LostRankError, UserError
+from tests.helpers.launcher import until
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 LONG = 300.0  # seconds: only ends a hang
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -53,17 +47,10 @@ def no_farewell(monkeypatch):
     monkeypatch.setattr(rendezvous, "_FAREWELL_SECONDS", 0.0)
 
 
-def until(condition):
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def call_roll(ranks, *there):
     """Call it as a rank with a broken connection does, and wait for the answers of those who are there."""
     ranks[0].store.set("roll call", "")
-    until(lambda: ranks[0].store.check([f"here/{rank}" for rank in there]))
+    until(lambda: ranks[0].store.check([f"here/{rank}" for rank in there]), "answers to a roll call")
 
 
 def together(*calls):
@@ -118,7 +105,7 @@ def test_rank_0_keeps_the_store_until_all_others_have_left(ranks):
 
     with ThreadPoolExecutor(1) as pool:
         left = pool.submit(others_have_left)
-        until(lambda: ranks[1].store.check(["left/0"]))
+        until(lambda: ranks[1].store.check(["left/0"]), "rank 0 to say that it leaves")
         for place in ranks[1:]:
             place.refuse(UserError("no shards"))
         assert left.result()
@@ -145,7 +132,7 @@ def test_a_rank_without_a_word_is_named_by_all_others(ranks, no_farewell, monkey
     assert all(isinstance(end, LostRankError) and end.reported_by == 0 for end in ends)
     assert all(str(end).startswith("node2 (rank 2) ended without a word") for end in ends)
     # Rank 3 hung in a collective with others, and the store is gone when its own connections break.
-    until(lambda: ranks[3]._end)
+    until(lambda: ranks[3]._end, "rank 3 to hear of the end")
     monkeypatch.setattr(ranks[3], "store", Gone())
     late = ranks[3].explain(broken())
     assert (str(late), late.reported_by) == (str(ends[0]), 0)
@@ -199,7 +186,7 @@ def test_ranks_that_do_not_come_are_named(as_rank, monkeypatch):
     as_rank(0, 4, free_port())
     with (
         pytest.raises(UserError, match=r"^node1 \(rank 1\), node2 \(ranks 2-3\) did not come within 0 s"),
-        rendezvous._meeting({}, 0),
+        arrival._meeting({}, 0),
     ):
         pass
 
@@ -212,7 +199,7 @@ def test_a_host_of_rank_0_that_does_not_answer_is_named(as_rank, monkeypatch):
         pytest.raises(
             UserError, match=rf"^node1 \(127.0.0.1, port {port}\): rank 0 did not answer within 0 s"
         ) as caught,
-        rendezvous._meeting({}, 0),
+        arrival._meeting({}, 0),
     ):
         pass
     assert caught.value.reported_by is None
@@ -238,9 +225,8 @@ def test_a_process_can_meet_again_after_a_refusal(as_rank):
     assert not [thread for thread in threading.enumerate() if "_answer_roll_calls" in thread.name]
 
 
-def test_a_process_without_a_launcher_meets_itself_and_leaves_no_trace(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.usefixtures("unlaunched")
+def test_a_process_without_a_launcher_meets_itself_and_leaves_no_trace():
     before = dict(os.environ)
     with meeting() as place:
         place.wait_until_ready()
@@ -267,7 +253,7 @@ def test_a_restart_by_torchrun_does_not_hear_of_the_attempt_before(as_rank, agen
     port, _ = agent_store
     as_rank(0, 1, port)
     for attempt in ("0", "1"):
-        monkeypatch.setattr(rendezvous, "_meetings", itertools.count())  # another process
+        monkeypatch.setattr(arrival, "_meetings", itertools.count())  # another process
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         with pytest.raises(UserError, match=f"^mistake of attempt {attempt}$"), meeting() as place:
             fail_when_ready(place, f"mistake of attempt {attempt}")
@@ -276,14 +262,14 @@ def test_a_restart_by_torchrun_does_not_hear_of_the_attempt_before(as_rank, agen
 def test_two_ranks_compare_what_they_have_come_with(as_rank, agent_store):
     port, store = agent_store
     as_rank(1, 2, port)
-    prefix = f"hdscale/0/{next(rendezvous._meetings) + 1}"
-    facts = {**rendezvous._code_facts(), "recipe optim.lr": 0.1}
+    prefix = f"hdscale/0/{next(arrival._meetings) + 1}"
+    facts = {**arrival._code_facts(), "recipe optim.lr": 0.1}
     dist.PrefixStore(prefix, store).set("arrived/0", json.dumps({"host": "node1", "facts": facts}))
     with (
         pytest.raises(
             UserError, match=rf"{socket.gethostname()} \(rank 1\): has another recipe optim.lr \(0.2\) than node1"
         ),
-        rendezvous._meeting({"recipe optim.lr": 0.2}, LONG),
+        arrival._meeting({"recipe optim.lr": 0.2}, LONG),
     ):
         pass
 
@@ -331,8 +317,8 @@ def test_hosts_of_another_launch_are_not_ours(monkeypatch):
 def test_a_rank_without_a_gpu_among_others_is_named_before_they_join(as_rank, agent_store):
     port, store = agent_store
     as_rank(1, 2, port)
-    facts = {**rendezvous._code_facts(), "kind of device": "GPU"}
-    prefix = f"hdscale/0/{next(rendezvous._meetings) + 1}"
+    facts = {**arrival._code_facts(), "kind of device": "GPU"}
+    prefix = f"hdscale/0/{next(arrival._meetings) + 1}"
     dist.PrefixStore(prefix, store).set("arrived/0", json.dumps({"host": "node1", "facts": facts}))
     with pytest.raises(UserError, match=r"has another kind of device \(CPU\) than node1 \(rank 0\) \(GPU\)"), meeting():
         pass

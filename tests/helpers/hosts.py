@@ -12,9 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.helpers.launcher import until
 
 _BRIDGE = "hds-switch"  # a namespace of its own: the machine's network stays as it is
 _NETWORK = "10.213.77"
@@ -150,7 +151,7 @@ class Cluster:
         with contextlib.suppress(ProcessLookupError):
             os.kill(host.init, signal.SIGKILL)  # of a process namespace's first process: all others go with it
         _run("ip", "netns", "delete", host.namespace)  # and eth0 with its other end
-        _wait(lambda: f"to-{name}" not in _inside(_BRIDGE, "ip", "link").stdout, f"{name} to be gone")
+        until(lambda: f"to-{name}" not in _inside(_BRIDGE, "ip", "link").stdout, f"{name} to be gone")
 
     def _in(self, host, *command):
         target = str(self._hosts[host].init)
@@ -162,7 +163,7 @@ class Cluster:
             target = str(self._hosts[name].init)
             return subprocess.run(["nsenter", "--target", target, "--net", *probe], capture_output=True).returncode == 0
 
-        _wait(answers, f"sshd of {name}")
+        until(answers, f"sshd of {name}")
 
     def _write_settings(self):
         folder = self.folder
@@ -228,16 +229,8 @@ def _sweep():
 
 def _child_of(process):
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    _wait(lambda: bool(path.read_text().split()), "a host's first process")
+    until(lambda: bool(path.read_text().split()), "a host's first process")
     return int(path.read_text().split()[0])
-
-
-def _wait(condition, what):
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"waited in vain for {what}")
 
 
 def _write_script(path, body):

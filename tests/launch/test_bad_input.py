@@ -5,11 +5,8 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import deepspeed
+import deepspeed.comm.comm as deepspeed_comm
 import numpy as np
 import pytest
 import torch
@@ -26,8 +23,8 @@ from hdscale.masking.store import MaskStore
 from hdscale.runs.folder import mark_done
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.files import load_teacher_file, save_teacher_file
+from tests.helpers.launcher import ROOT, deepspeed, run
 
-ROOT = Path(__file__).resolve().parents[2]
 ONLINE = "mask.source=online"
 SCRIPTS = {
     name: runpy.run_path(str(ROOT / f"launch/{name}.py"))["main"]
@@ -41,7 +38,7 @@ def no_group_is_left():
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
+        deepspeed_comm.cdb = None
 
 
 @pytest.fixture
@@ -333,10 +330,8 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over_in_silence(own_wor
 
 
 def test_the_launcher_ends_with_our_exit_code_when_the_hostfile_is_not_there(own_world):
-    deepspeed = [sys.executable, str(Path(sys.executable).parent / "deepspeed")]
-    command = ["--hostfile", "nowhere", "--num_gpus", "1", "launch/train.py", "--recipe", str(own_world.recipe), ONLINE]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*deepspeed, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    words = ["--hostfile", "nowhere", "launch/train.py", "--recipe", own_world.recipe, ONLINE]
+    done = run(deepspeed(*words, ranks=1))
     assert done.returncode == 2, done.stderr[-3000:]
     messages = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(messages) == 1

@@ -2,27 +2,22 @@
 
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import open_clip
 import pytest
 import timm
 
-from hdscale.cluster.launcher import launch_environment
 from hdscale.config.loading import load_recipe
+from tests.helpers.launcher import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def outcome(world):
     """What one process found out about all recipes."""
-    env = launch_environment() | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/launch/step_recipes.py"), str(world.folder)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = run([sys.executable, ROOT / "tests/launch/recipes_scenario.py", world.folder])
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: json.loads((world.folder / f"{name}.json").read_text()) for name in ("stepped", "stages")}
 

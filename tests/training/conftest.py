@@ -1,12 +1,9 @@
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
 from hdscale.config.loading import load_recipe
 from hdscale.teachers.build import build_teacher
 from hdscale.training import loop as loop_module
@@ -14,27 +11,25 @@ from tests.helpers.made_up_loop import Loop
 
 pytest.register_assert_rewrite("tests.helpers.whole_runs")
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.launcher import ROOT, deepspeed, run
+
 SCENARIOS = ROOT / "tests/training/scenarios.py"
 
 
 @pytest.fixture(scope="session")
 def two_ranks(world):
     """What the two ranks of one DeepSpeed launch have found out, by scenario."""
-    arguments = [str(world.folder), "2"]
-    return run_scenarios(world, deepspeed_command(SCENARIOS, arguments, port=free_port(), num_gpus=2, quiet=False), "2")
+    return run_scenarios(world, deepspeed(SCENARIOS, world.folder, "2", ranks=2), "2")
 
 
 @pytest.fixture(scope="session")
 def one_rank(world, two_ranks):
     """The same of a single process without launcher; it goes on with what two ranks have written."""
-    return run_scenarios(world, [sys.executable, str(SCENARIOS), str(world.folder), "1"], "1")
+    return run_scenarios(world, [sys.executable, SCENARIOS, world.folder, "1"], "1")
 
 
 def run_scenarios(world, command, ranks):
-    # What other tests of this process have set must not reach the ranks.
-    env = launch_environment() | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = run(command)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return json.loads((world.folder / f"results-{ranks}.json").read_text())
 

@@ -1,6 +1,6 @@
 """Take optimizer steps of every recipe in launch/recipes/ in its small form, all in one process.
 
-python tests/launch/step_recipes.py WORLD_FOLDER
+python tests/launch/recipes_scenario.py WORLD_FOLDER
 
 `WORLD_FOLDER/stepped.json` says, by recipe, what the tests look at.
 """

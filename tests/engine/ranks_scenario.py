@@ -1,6 +1,6 @@
 """Run under a launcher that is killed: each rank joins the others, says what it sees of itself, and waits.
 
-python tests/engine/left_alone.py FOLDER
+python tests/engine/ranks_scenario.py FOLDER
 """
 
 import json

@@ -1,0 +1,83 @@
+"""Processes that tests launch: command lines, environment, and waiting for what they do."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hdscale.cluster.launcher import deepspeed_script, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 1200.0  # seconds: only ends a hang
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def deepspeed(*words, ranks):
+    """Return the command that starts a script on ranks of this machine, at a port of its own."""
+    return [sys.executable, deepspeed_script(), *_among(ranks, "--num_gpus"), *map(str, words)]
+
+
+def torchrun(*words, ranks):
+    """Return the same for PyTorch's launcher."""
+    return [sys.executable, "-m", "torch.distributed.run", *_among(ranks, "--nproc_per_node"), *map(str, words)]
+
+
+def _among(ranks, option):
+    return [option, str(ranks), "--master_port", str(free_port())]
+
+
+def environment(**more):
+    """Return what a launched process gets: what other tests of this process have set must not reach the ranks."""
+    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def run(command):
+    """Run a command at the repository's root to its end; return it with its output as text."""
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT
+    )
+
+
+@contextlib.contextmanager
+def running(command, **options):
+    """Yield a running command, which leads a process group; what is left of the group ends with the block."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def until(condition, what):
+    """Wait for an event."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    """Whether the process runs; nobody may have waited for one that has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """No launcher has started this process, and what it launches finds this checkout."""
+    wanted = environment()
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, wanted[name])
