@@ -10,6 +10,9 @@ from typing import NamedTuple
 ON_GPU = os.environ.get("HDSCALE_TEST_ON_GPU") == "1"
 if not ON_GPU:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+# Torch's store asks the name server for the name of every address it connects to, to no purpose. An answer that is
+# lost costs one second instead of five, here and in what tests launch.
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
 # ruff: noqa: E402 - torch and DeepSpeed read the environment
 import numpy as np
