@@ -1,24 +1,20 @@
 import json
 import runpy
 import subprocess
-import time
-from pathlib import Path
 
 import pytest
 
 from hdscale.cli import exit_code
 from hdscale.preflight import bandwidth
 from hdscale.preflight.bandwidth import launch_all_reduce
+from tests.helpers.launcher import LIMIT, ROOT, is_running, until
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch/preflight.py"
 
 
 @pytest.fixture
-def preflight(monkeypatch, capsys):
+def preflight(unlaunched, capsys):
     """Run the command on this machine; return its exit code, output and errors."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
     def command(*words):
         code = exit_code(runpy.run_path(str(SCRIPT))["main"], [str(word) for word in words])
@@ -51,15 +47,9 @@ def test_it_is_not_for_the_launcher(preflight, monkeypatch):
     assert (code, err) == (2, "error: start preflight.py with python: it starts the launcher itself\n")
 
 
-@pytest.fixture
-def launcher_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def test_all_reduces_of_two_ranks_are_timed_under_the_real_launcher(launcher_environment):
+@pytest.mark.usefixtures("unlaunched")
+def test_all_reduces_of_two_ranks_are_timed_under_the_real_launcher(monkeypatch):
+    monkeypatch.setattr(bandwidth, "_PATIENCE", LIMIT)
     rates, error = launch_all_reduce(SCRIPT, None, 2)
     assert error == ""
     assert [(rate.among, rate.ranks) for rate in rates] == [("all ranks", 2)] * 2
@@ -67,34 +57,45 @@ def test_all_reduces_of_two_ranks_are_timed_under_the_real_launcher(launcher_env
     assert all(rate.seconds > 0 and rate.bus_bandwidth > 0 for rate in rates)
 
 
-def patient_until(started):
-    """A process whose first patience ends when the script has started, however long that takes."""
+@pytest.mark.usefixtures("unlaunched")
+def test_a_launch_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(bandwidth, "_PATIENCE", LIMIT)
+    script = tmp_path / "fails.py"
+    script.write_text("import sys; print('RuntimeError: no route', file=sys.stderr); sys.exit(1)\n")
+    assert launch_all_reduce(script, None, 1) == ([], "RuntimeError: no route")
+
+
+def impatient_from(pid_file):
+    """A process that is waited for until the script runs, however long that takes, and then as long as it takes."""
 
     class Launcher(subprocess.Popen):
-        def communicate(self, *args, **kwargs):
-            if not hasattr(self, "given_up") and "timeout" in kwargs:
+        def communicate(self, *args, timeout=None, **kwargs):
+            if timeout is not None and not hasattr(self, "given_up"):
                 self.given_up = True
-                while not (started.exists() and started.read_text().endswith("\n")):
-                    assert self.poll() is None
-                    time.sleep(0.05)
-                raise subprocess.TimeoutExpired(self.args, kwargs["timeout"])
-            return super().communicate(*args, **kwargs)
+                until(lambda: self.poll() is not None or is_written(pid_file), "the script to start")
+                assert self.poll() is None, super().communicate()[1]
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().communicate(*args, timeout=LIMIT, **kwargs)
 
     return Launcher
 
 
-def test_a_launch_that_fails_or_hangs_says_why(launcher_environment, tmp_path, monkeypatch):
-    script = tmp_path / "fails.py"
-    script.write_text("import sys; print('RuntimeError: no route', file=sys.stderr); sys.exit(1)\n")
-    assert launch_all_reduce(script, None, 1) == ([], "RuntimeError: no route")
-    started = tmp_path / "pid"
-    monkeypatch.setattr(bandwidth.subprocess, "Popen", patient_until(started))
-    script.write_text(f"import os, time; open({str(started)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(3600)\n")
+def is_written(pid_file):
+    return pid_file.exists() and pid_file.read_text().endswith("\n")
+
+
+@pytest.mark.usefixtures("unlaunched")
+def test_a_launch_that_hangs_is_given_up_with_its_ranks(tmp_path, monkeypatch):
+    script, pid_file = tmp_path / "hangs.py", tmp_path / "pid"
+    monkeypatch.setattr(bandwidth.subprocess, "Popen", impatient_from(pid_file))
+    hang = "import os, pathlib, signal; pathlib.Path({!r}).write_text(f'{{os.getpid()}}\\n'); signal.pause()\n"
+    script.write_text(hang.format(str(pid_file)))
     rates, error = launch_all_reduce(script, None, 1)
     assert rates == []
-    assert error.startswith("no result within 420 seconds; see whether the machines reach each other")
-    stat = Path(f"/proc/{started.read_text().strip()}/stat")
-    assert not stat.exists() or ") Z" in stat.read_text()  # ended, if nobody has waited for it
+    assert error.startswith(
+        f"no result within {bandwidth._PATIENCE} seconds; see whether the machines reach each other"
+    )
+    until(lambda: not is_running(int(pid_file.read_text())), "the rank to end")
 
 
 def test_a_question_from_another_machine_is_answered_in_one_line(preflight):

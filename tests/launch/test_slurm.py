@@ -1,19 +1,19 @@
 """launch/slurm/train.sbatch under stand-ins for `srun` and `scontrol`, and the same training under torchrun."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from hdscale.cluster.launcher import free_port
+from tests.helpers.launcher import LIMIT, ROOT, environment, run, running, torchrun, until
 
-ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "launch/slurm/train.sbatch"
 
 # Starts the tasks of --ntasks-per-node on each host, as srun does by blocks; its exit code is the highest of theirs.
@@ -40,22 +40,30 @@ true
 """
 
 
+def job_at_a_free_port():
+    """Return a job's number such that nobody holds its port: 10000 and the number modulo 20000."""
+    while True:
+        job = random.SystemRandom().randrange(1_000_000, 2_000_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("0.0.0.0", 10_000 + job % 20_000))
+            return job
+
+
 @pytest.fixture
-def cluster(tmp_path):
-    """Return a function that starts the job as sbatch does: at the submitted folder, with Slurm's variables."""
+def submit(tmp_path):
+    """Return a function that starts the job as sbatch does: at the submitted folder, with Slurm's variables.
+
+    Its tasks end with the test.
+    """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
 
-    def submit(*words, folder, hosts=("localhost",), tasks_per_node=2, job=123456):
-        ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        env = {name: value for name, value in os.environ.items() if name not in ours}
-        env |= {
+    def start(*words, folder, job, hosts=("localhost",), tasks_per_node=2):
+        slurm = {
             "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
             "STAND_IN": str(tmp_path),
             "HOSTS": " ".join(hosts),
             "SLURM_JOB_ID": str(job),
@@ -66,16 +74,16 @@ def cluster(tmp_path):
         }
         # sbatch runs a copy, so that the file's own place says nothing.
         copy = shutil.copy(JOB, tmp_path / "slurm_script")
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command = ["bash", str(copy), *map(str, words)]
-        return subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return tasks.enter_context(running(command, cwd=folder, env=environment(**slurm), **output))
 
-    return submit
+    with contextlib.ExitStack() as tasks:
+        yield start
 
 
 def finished(process):
-    out, _ = process.communicate()
+    out, _ = process.communicate(timeout=LIMIT)
     return process.returncode, out
 
 
@@ -101,10 +109,10 @@ def checkout(tmp_path):
     return folder
 
 
-def test_every_task_learns_its_rank_and_the_arguments_arrive_whole(cluster, checkout, tmp_path):
+def test_every_task_learns_its_rank_and_the_arguments_arrive_whole(submit, checkout, tmp_path):
     (checkout / "codes").write_text("[0, 0, 0, 0]")
     words = ["--ds_config", "my configs/zero2.json", "run.name=it's $HOME", "optim.betas=[0.9, 0.95]", ""]
-    code, out = finished(cluster(*words, folder=checkout, hosts=("node1", "node2"), job=7654321))
+    code, out = finished(submit(*words, folder=checkout, hosts=("node1", "node2"), job=7654321))
     assert (code, out) == (0, "")
     for rank in range(4):
         assert json.loads((checkout / f"rank-{rank}").read_text()) == {
@@ -138,9 +146,9 @@ def test_every_task_learns_its_rank_and_the_arguments_arrive_whole(cluster, chec
         ([0, 0], [], 0, []),
     ],
 )
-def test_a_job_that_stopped_with_a_checkpoint_comes_back(codes, words, code, again, cluster, checkout, tmp_path):
+def test_a_job_that_stopped_with_a_checkpoint_comes_back(codes, words, code, again, submit, checkout, tmp_path):
     (checkout / "codes").write_text(json.dumps(codes))
-    assert finished(cluster(*words, folder=checkout))[0] == code
+    assert finished(submit(*words, folder=checkout, job=123456))[0] == code
     assert requeued(tmp_path) == again
 
 
@@ -159,23 +167,14 @@ def recipe(world, root, name, epochs):
     return ["--recipe", str(world.recipe), f"run.root={root}", f"run.name={name}", *overrides]
 
 
-def test_slurm_and_torchrun_train_alike(cluster, world, tmp_path):
+def test_slurm_and_torchrun_train_alike(submit, world, tmp_path):
     root = tmp_path / "runs of today"
     two_steps = 0.54  # of 60 samples in batches of 16
-    code, out = finished(cluster(*recipe(world, root, "slurm", two_steps), folder=ROOT))
+    code, out = finished(submit(*recipe(world, root, "slurm", two_steps), folder=ROOT, job=job_at_a_free_port()))
     assert code == 0, out
     assert requeued(tmp_path) == []
     assert (root / "slurm/DONE").exists()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    torchrun += ["--master_port", str(free_port())]
-    done = subprocess.run(
-        [*torchrun, "launch/train.py", *recipe(world, root, "torchrun", two_steps)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(torchrun("launch/train.py", *recipe(world, root, "torchrun", two_steps), ranks=2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (root / "torchrun/DONE").exists()
     assert len(losses(root / "slurm")) == 2
@@ -183,17 +182,21 @@ def test_slurm_and_torchrun_train_alike(cluster, world, tmp_path):
     assert json.loads((root / "torchrun/environment.json").read_text())["world_size"] == 2
 
 
-def test_slurm_s_signal_saves_a_checkpoint_and_brings_the_job_back(cluster, world, tmp_path):
+def test_slurm_s_signal_saves_a_checkpoint_and_brings_the_job_back(submit, world, tmp_path):
     root = tmp_path / "runs"
-    process = cluster(*recipe(world, root, "long", 2000), folder=ROOT)
+    job = job_at_a_free_port()
+    process = submit(*recipe(world, root, "long", 2000), folder=ROOT, job=job)
     metrics = root / "long/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.05)
+    until(
+        lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 2),
+        "two steps",
+    )
+    assert process.poll() is None, process.communicate()[0]
     for pid in (tmp_path / "pids").read_text().split():  # the tasks' own processes: the shell has become Python
         os.kill(int(pid), signal.SIGUSR1)
     code, out = finished(process)
     assert code == 75, out
-    assert requeued(tmp_path) == ["requeue 123456"]
+    assert requeued(tmp_path) == [f"requeue {job}"]
     steps = len(losses(root / "long"))
     assert steps >= 2
     assert (root / "long/checkpoints/latest").read_text().strip() == f"step-{steps:09d}"
