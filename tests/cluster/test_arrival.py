@@ -16,9 +16,10 @@ import pytest
 import torch.distributed as dist
 
 from hdscale.cluster import arrival, rendezvous
-from hdscale.cluster.arrival import check_same, meeting
+from hdscale.cluster.arrival import all_hosts, check_same, meeting
 from hdscale.cluster.launcher import free_port, planned_hosts
 from hdscale.cluster.rendezvous import Rendezvous, name_ranks
+from hdscale.config.loading import flat_fields, load_recipe
 from hdscale.errors import LostRankError, UserError
 from tests.helpers.launcher import until
 
@@ -270,6 +271,23 @@ def test_two_ranks_compare_what_they_have_come_with(as_rank, agent_store):
             UserError, match=rf"{socket.gethostname()} \(rank 1\): has another recipe optim.lr \(0.2\) than node1"
         ),
         arrival._meeting({"recipe optim.lr": 0.2}, LONG),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("changed", ["recipe optim.lr", "ds_config zero_optimization.stage"])
+def test_two_ranks_compare_every_field_of_recipe_and_deepspeed_config(changed, world, as_rank, agent_store):
+    port, store = agent_store
+    as_rank(1, 2, port)
+    recipe = load_recipe(world.recipe, ["run.rendezvous_seconds=300"])
+    config = {"zero_optimization": {"stage": 2}}
+    fields = {f"recipe {field}": value for field, value in flat_fields(recipe.model_dump(mode="json")).items()}
+    facts = {**arrival._code_facts(), **fields, "ds_config zero_optimization.stage": 2}
+    answer = json.dumps({"host": "node1", "facts": facts | {changed: 5}})
+    dist.PrefixStore(f"hdscale/0/{next(arrival._meetings) + 1}", store).set("arrived/0", answer)
+    with (
+        pytest.raises(UserError, match=rf"\(rank 1\): has another {changed} \((0.001|2)\) than node1 \(rank 0\) \(5\)"),
+        all_hosts(recipe, ds_config=config),
     ):
         pass
 
