@@ -5,11 +5,11 @@ Everything is the demo's own: recipe, digits, trained teachers, stored masks. On
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.launcher import ROOT
+
 RUNS = ROOT / "demo/runs"
 STEPS = 60
 
