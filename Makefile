@@ -13,7 +13,7 @@ RANKS ?= 2
 DEEPSPEED := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore::FutureWarning $(BIN)/deepspeed --quiet --num_gpus $(RANKS)
 DS ?= ds_configs/zero2.json
 
-.PHONY: demo demo-hosts test test-gpu check clean
+.PHONY: demo demo-hosts test stress test-gpu check clean
 
 demo: $(READY)
 	$(BIN)/python data_tools/make_shards.py --source digits --output demo/shards --val-fraction 0.2 --samples-per-shard 256
@@ -35,6 +35,10 @@ demo-hosts: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Launches that repeat what quicker tests show, for a machine with time; keep the log of such a run in docs/results/.
+stress: $(READY)
+	$(BIN)/python -m pytest -m stress
 
 # What only a GPU can show; `make test` is for CPUs, whatever the machine has.
 test-gpu: $(READY)

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from tests.helpers.demo import write_demo
 from tests.helpers.hosts import hosts_on_one_machine, why_not
 
 
@@ -14,6 +15,14 @@ def cluster(tmp_path_factory):
         pytest.skip(reason)
     with hosts_on_one_machine(tmp_path_factory.mktemp("hosts") / "cluster", 4) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The folder of a small demo's files."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder)
+    return folder
 
 
 @pytest.fixture
