@@ -10,31 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.cluster.launcher import deepspeed_script, free_port
+from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
+from hdscale.provenance import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 3600.0  # seconds: only ends a hang, on whatever machine
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def deepspeed(*words, ranks):
+def deepspeed(script, *words, ranks):
     """Return the command that starts a script on ranks of this machine, at a port of its own."""
-    return [sys.executable, deepspeed_script(), *_among(ranks, "--num_gpus"), *map(str, words)]
+    return deepspeed_command(Path(script), list(map(str, words)), port=free_port(), num_gpus=ranks, quiet=False)
 
 
 def torchrun(*words, ranks):
     """Return the same for PyTorch's launcher."""
-    return [sys.executable, "-m", "torch.distributed.run", *_among(ranks, "--nproc_per_node"), *map(str, words)]
-
-
-def _among(ranks, option):
-    return [option, str(ranks), "--master_port", str(free_port())]
+    where = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", *where, *map(str, words)]
 
 
 def environment(**more):
     """Return what a launched process gets: what other tests of this process have set must not reach the ranks."""
-    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    return launch_environment() | {"OMP_NUM_THREADS": "1"} | more
 
 
 def run(command):

@@ -7,11 +7,10 @@ import torch.distributed as dist
 from hdscale.config.loading import load_recipe
 from hdscale.teachers.build import build_teacher
 from hdscale.training import loop as loop_module
+from tests.helpers.launcher import ROOT, deepspeed, run
 from tests.helpers.made_up_loop import Loop
 
 pytest.register_assert_rewrite("tests.helpers.whole_runs")
-
-from tests.helpers.launcher import ROOT, deepspeed, run
 
 SCENARIOS = ROOT / "tests/training/scenarios.py"
 
