@@ -33,7 +33,14 @@ ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 60
 
 
+# What is made once for many test files: they run in one of pytest-xdist's processes, as the tests of one file do.
+SHARED = {"cluster": "hosts", "demo": "hosts", "two_ranks": "ranks", "one_rank": "ranks"}
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        group = next((SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())), item.location[0])
+        item.add_marker(pytest.mark.xdist_group(group))
     if ON_GPU and torch.cuda.is_available():
         return
     reason = "no GPU is visible" if ON_GPU else "needs a GPU: make test-gpu"
