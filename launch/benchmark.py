@@ -25,7 +25,7 @@ from hdscale.benchmarks.memory_report import (
     resident_report,
     started_by_launcher,
 )
-from hdscale.benchmarks.photographs import make_photograph_shards
+from hdscale.benchmarks.photographs import make_photo_shards
 from hdscale.cli import EXIT_DONE, run
 from hdscale.data.index import ShardSet, open_shards
 from hdscale.errors import UserError
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     with tempfile.TemporaryDirectory(prefix="hdscale-") as folder:
         with Progress("making JPEGs", options.images, "pictures", sys.stderr) as progress:
-            make_photograph_shards(Path(folder), options.images, progress)
+            make_photo_shards(Path(folder), options.images, progress)
         _data(open_shards(Path(folder), "train"), options)
     return EXIT_DONE
 

@@ -65,7 +65,7 @@ def _photographs() -> list[np.ndarray]:
     return load_sample_images().images  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def make_photograph_shards(folder: Path, count: int, progress: Callable[[int], None]) -> None:
+def make_photo_shards(folder: Path, count: int, progress: Callable[[int], None]) -> None:
     """Write `count` photographs into the split `train` of an empty folder; progress is told how many are done."""
     source, settings = Photographs(count), SplitSettings(samples_per_shard=-(-count // _SHARDS))
     listing = source.listing()

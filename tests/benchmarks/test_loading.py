@@ -14,7 +14,7 @@ from hdscale.benchmarks.loading import (
     loading_contenders,
     loading_report,
 )
-from hdscale.benchmarks.photographs import HEIGHT, WIDTH, Photographs, make_photograph_shards
+from hdscale.benchmarks.photographs import HEIGHT, WIDTH, Photographs, make_photo_shards
 from hdscale.benchmarks.usual_pipeline import jpeg_decoders, usual_pipeline, view_makers
 from hdscale.data.decode import decode_rgb, decode_view
 from hdscale.data.index import open_shards
@@ -27,7 +27,7 @@ from hdscale.shards.labels import label_rule
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    make_photograph_shards(folder, 48, lambda count: None)
+    make_photo_shards(folder, 48, lambda count: None)
     return open_shards(folder, "train")
 
 
