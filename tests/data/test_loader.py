@@ -123,10 +123,10 @@ def test_views_repeat_after_their_number_of_epochs(train_loader, view_config):
 
 
 def test_kept_tokens_come_with_their_samples(train_loader):
-    def keep_indices(sample_ids, views):
+    def look_up(sample_ids, views):
         return np.stack([sample_ids, sample_ids + views + 1], axis=1)
 
-    for batch in train_loader(start_step=27, num_steps=2, look_up_masks=keep_indices):
+    for batch in train_loader(start_step=27, num_steps=2, look_up_masks=look_up):
         assert batch.keep_indices.dtype == torch.int64
         assert torch.equal(batch.keep_indices[:, 0], batch.sample_ids)
         assert torch.equal(batch.keep_indices[:, 1], batch.sample_ids + batch.views + 1)
@@ -134,12 +134,12 @@ def test_kept_tokens_come_with_their_samples(train_loader):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_mask_ends_the_run_with_one_line(train_loader, view_config, workers):
-    def keep_indices(sample_ids, views):
+    def look_up(sample_ids, views):
         raise UserError("masks/view-0000/part-00000.npy: delete this file")
 
     config = view_config.model_copy(update={"workers": workers})
     with pytest.raises(UserError) as caught:
-        next(iter(train_loader(config=config, look_up_masks=keep_indices)))
+        next(iter(train_loader(config=config, look_up_masks=look_up)))
     assert str(caught.value) == "masks/view-0000/part-00000.npy: delete this file"
 
 
@@ -201,9 +201,9 @@ def test_ranks_show_the_same_substitutes_with_their_masks_and_labels(damaged, vi
 
     def run(rank, world_size):
         share = RankShare(rank, world_size, global_batch_size=64, micro_batch_size=64 // world_size)
-        return TrainLoader(shards, order, config, SEED, share, steps, keep_indices)
+        return TrainLoader(shards, order, config, SEED, share, steps, look_up)
 
-    def keep_indices(ids, views):
+    def look_up(ids, views):
         return np.stack([ids, ids + views + 1], axis=1)
 
     one, two = list(run(0, 1)), [batch for rank in range(2) for batch in run(rank, 2)]
