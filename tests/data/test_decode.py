@@ -11,6 +11,7 @@ from hdscale.data import pictures
 from hdscale.data.decode import decode_crop, decode_rgb, decode_view, decoder_version
 from hdscale.data.pictures import BadPicture
 from hdscale.data.views import ViewParameters, central_square
+from tests.helpers.files import encoded
 
 
 def scene(height=40, width=60, channels=3):
@@ -18,12 +19,6 @@ def scene(height=40, width=60, channels=3):
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 6, channels), dtype=np.uint8).squeeze())
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).reshape(height, width, channels)
-
-
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def decoded(data):

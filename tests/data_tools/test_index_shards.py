@@ -15,6 +15,7 @@ from PIL import Image
 from data_tools.index_shards import main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
+from tests.helpers.files import content
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,10 +37,6 @@ def write_tars(folder, count, samples):
 def tars(tmp_path):
     write_tars(tmp_path / "tars", 3, 10)
     return tmp_path / "tars"
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_tars_of_others_become_a_split(tars, tmp_path, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 from data_tools.make_shards import main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
+from tests.helpers.files import content
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,10 +32,6 @@ def pictures(tmp_path):
 def arguments(pictures, output, *more):
     command = ["--source", "imagefolder", "--input", str(pictures), "--output", str(output), "--samples-per-shard", "2"]
     return [*command, *more]
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_digits_become_a_train_and_a_val_split(tmp_path, capsys):

@@ -18,18 +18,13 @@ from data_tools.make_shards import main
 from hdscale.cli import EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
 from hdscale.shards.sources.base import sample_key
+from tests.helpers.files import encoded
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def noise(seed, width=12, height=9):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -58,10 +58,6 @@ def found(folder, split="train"):
     return samples, {line["name"]: line["reason"] for line in map(json.loads, lines)}
 
 
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def good(number, label=1):
     return [(f"good{number}.jpg", JPG), (f"good{number}.cls", b"%d" % label)]
 

@@ -67,5 +67,5 @@ def write_source(source, folder: Path, settings: SplitSettings, workers=0, listi
 
 @pytest.fixture
 def write():
-    """`write_source`, for test files that cannot import from here."""
+    """`write_source`, for tests that need nothing else of this file."""
     return write_source

@@ -8,7 +8,8 @@ import webdataset
 from hdscale.data.index import open_shards
 from hdscale.hashing import file_digest
 from hdscale.shards import indexer
-from tests.helpers.foreign_tars import JPG, content, found, good, index, picture, three_tars, write_tar
+from tests.helpers.files import content
+from tests.helpers.foreign_tars import JPG, found, good, index, picture, three_tars, write_tar
 
 
 def test_the_tars_of_plain_webdataset_are_indexed_and_read_back(tmp_path):

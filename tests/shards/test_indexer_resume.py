@@ -6,7 +6,8 @@ import pytest
 
 from hdscale.errors import UserError
 from hdscale.shards import indexer
-from tests.helpers.foreign_tars import JPG, content, found, good, index, three_tars, write_tar
+from tests.helpers.files import content
+from tests.helpers.foreign_tars import JPG, found, good, index, three_tars, write_tar
 
 
 def counted(monkeypatch, stop_after=None):

@@ -16,6 +16,7 @@ from hdscale.shards.sources.digits import Digits
 from hdscale.shards.sources.image_folder import ImageFolder
 from hdscale.shards.split import MachineShare, SplitSettings
 from hdscale.shards.writer import SplitJob, finish_split, part_samples, write_part
+from tests.helpers.files import content
 
 
 class FirstDigits(Digits):
@@ -38,10 +39,6 @@ class FirstDigits(Digits):
 
 
 TENS = SplitSettings(samples_per_shard=10)
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_plain_webdataset_reads_the_shards(digit_folder, digits):

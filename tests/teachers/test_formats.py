@@ -18,6 +18,7 @@ from hdscale.teachers.weights import fit_state, read_state
 from hdscale.vit.build import create_teacher_vit
 from hdscale.vit.encoder import ViTEncoder
 from tests.helpers.teacher_layouts import DIM, SIZES, patch_tokens, random_state
+from tests.helpers.tensors import close
 
 OTHERS = {"optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
 HEAD = {"head.weight": torch.ones(10, DIM), "head.bias": torch.ones(10)}
@@ -171,10 +172,6 @@ def write(path, content):
 
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    return ours.shape == reference.shape and bool((ours - reference).norm() <= 1e-5 * reference.norm())
 
 
 def tokens_of(model) -> torch.Tensor:

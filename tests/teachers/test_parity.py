@@ -16,6 +16,7 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed
 from hdscale.config.recipe import TeacherConfig
 from hdscale.teachers.build import build_teacher
 from hdscale.vit.encoder import ViTEncoder
+from tests.helpers.tensors import close
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
 TIMM = [
@@ -64,10 +65,6 @@ def teacher_of(monkeypatch, tmp_path):
             return build_teacher(TeacherConfig(name=f"timm:{name}/{tmp_path}/weights.pth"), **arguments)
 
     return build
-
-
-def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    return ours.shape == reference.shape and bool((ours - reference).norm() <= 1e-5 * reference.norm())
 
 
 def attended(model, x, monkeypatch):

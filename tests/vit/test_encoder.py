@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from hdscale.errors import UserError
 from hdscale.vit.encoder import Outputs, Recompute, ViTEncoder, resolve_layers
 from hdscale.vit.pruning import KeptQueryBlock, QueryKeyBlock
+from tests.helpers.tensors import close
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
 KINDS = {
@@ -39,10 +40,6 @@ def model_of(kind: str, **changes):
 
 def images(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    return ours.shape == reference.shape and bool((ours - reference).norm() <= 1e-5 * reference.norm())
 
 
 def rows_of(tensor: torch.Tensor, keep: torch.Tensor, num_prefix: int, dim: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from hdscale.errors import UserError
 from hdscale.vit.build import create_teacher_vit
 from hdscale.vit.encoder import Outputs, ViTEncoder
+from tests.helpers.tensors import close
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
 KINDS = {
@@ -41,10 +42,6 @@ def model_of(kind: str) -> torch.nn.Module:
 
 def images(side: int = 32) -> torch.Tensor:
     return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
-def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    return ours.shape == reference.shape and bool((ours - reference).norm() <= 1e-5 * reference.norm())
 
 
 def rows_of(tensor: torch.Tensor, num_prefix: int, dim: int) -> torch.Tensor:

@@ -5,17 +5,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from hdscale.shards.sources.stored_picture import Resize, stored_picture
+from tests.helpers.files import encoded
 
 
 def scene(width=60, height=40):
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def opened(picture):
