@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 # DeepSpeed looks for ninja on the path when it compiles its ops.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# One thread a process: two ranks share two cores, and results do not depend on the machine's width.
+# One thread per process: two ranks share two cores, and results do not depend on the machine's width.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 

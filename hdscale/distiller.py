@@ -156,7 +156,7 @@ def build_distiller(
         img_size: side of the views in pixels.
         seed: of the initial weights.
         teachers: what the student has to fit.
-        checkpoint_fn: of `build_student`.
+        checkpoint_fn: `f(function, *tensors)`, which recomputes; left out: torch's, non-reentrant.
 
     Raises:
         UserError: no teacher at all, or head counts or widths that do not fit.

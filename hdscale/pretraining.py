@@ -1,6 +1,6 @@
 """Two ways to train a small teacher: a masked autoencoder and a supervised classifier.
 
-Both give `LossTerms` like the distiller, so that one trainer runs all three; feature and relation terms are zero.
+Both give `LossTerms` like the distiller, so that one loop trains all three; feature and relation terms are zero.
 """
 
 from __future__ import annotations
