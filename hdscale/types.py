@@ -63,8 +63,8 @@ class TeacherShapes(NamedTuple):
 
     feature_dim: int | None = None  # T, width of the feature teacher's tokens; None without one
     relation_heads: int | None = None  # A, attention heads of the relation teacher; None without one
-    relation_dim: int | None = None  # width of its tokens, where `relation.target` is tokens
-    teacher_has_cls: bool = False  # whether it has a class token
+    relation_dim: int | None = None  # width of the relation teacher's tokens, where `relation.target` is tokens
+    teacher_has_cls: bool = False  # whether the relation teacher has a class token
 
 
 class LossTerms(NamedTuple):

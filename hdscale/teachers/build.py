@@ -21,6 +21,9 @@ from hdscale.vit.encoder import LayerOutput, Outputs, ViTEncoder
 from hdscale.vit.preprocess import Preprocess
 from hdscale.vit.rel_pos import resize_rel_pos_bias
 
+TEACHER_SECTIONS = ("feature_teacher", "relation_teacher")
+"""Sections of the recipe, in the order of the fields of `Teachers`."""
+
 
 class FrozenTeacher(nn.Module):
     """A backbone that never trains and never leaves eval mode, with its own preprocessing."""
@@ -140,9 +143,6 @@ def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, fi
             )
     model.set_input_size((wanted, wanted))
     resize_rel_pos_bias(model)
-
-
-TEACHER_SECTIONS = ("feature_teacher", "relation_teacher")
 
 
 class Teachers(NamedTuple):
