@@ -42,7 +42,7 @@ STUDENTS = {
 CASES = [pytest.param(table, *row, id=f"{table}-{row[0]}") for table, rows in ROWS.items() for row in rows]
 
 
-def plan_of(table, row, scale, output):
+def jobs_of(table, row, scale, output):
     return JobBuilder(Settings(TABLES[table], SCALES[scale], output)).build_row(TABLES[table].row(row), 0)
 
 
@@ -78,9 +78,9 @@ def test_a_row_is_the_paper_s(table, key, label, figures, reference, recipe, tmp
     assert row.name == label
     assert row.paper == (None if figures is None else Paper(*figures))
     assert TABLES[table].compared_with(row) == reference
-    plan = plan_of(table, key, "b-in1k", tmp_path)
-    assert fields(plan.recipe, tmp_path) == expected("b-in1k", TEACHERS, PAPER_TRAINING | recipe, tmp_path)
-    assert (plan.folder is None) == (list(recipe) == ["feature_teacher"])
+    row_jobs = jobs_of(table, key, "b-in1k", tmp_path)
+    assert fields(row_jobs.recipe, tmp_path) == expected("b-in1k", TEACHERS, PAPER_TRAINING | recipe, tmp_path)
+    assert (row_jobs.folder is None) == (list(recipe) == ["feature_teacher"])
 
 
 @pytest.mark.parametrize(("table", "key", "label", "figures", "reference", "recipe"), CASES)
@@ -89,9 +89,9 @@ def test_a_row_on_the_demo_is_the_paper_s_scaled_down(table, key, label, figures
     scaled = {name: value for name, value in recipe.items() if name not in NOT_ON_THE_DEMO}
     scaled["schedule.epochs"] = 54 if (table, recipe.get("schedule.epochs")) == ("13", 300) else 18
     scaled |= ON_THE_DEMO.get((table, key), {})
-    plan = plan_of(table, key, "demo", tmp_path)
+    row_jobs = jobs_of(table, key, "demo", tmp_path)
     online = {"mask.source": "online"}
-    assert fields(plan.recipe, tmp_path) == expected("demo", DEMO_TEACHERS, online | scaled, tmp_path) | {
+    assert fields(row_jobs.recipe, tmp_path) == expected("demo", DEMO_TEACHERS, online | scaled, tmp_path) | {
         "data.shards": str(tmp_path / "shards")
     }
 

@@ -264,7 +264,7 @@ def write_run(world, *, steps=(4,), **fingerprints):
     return folder
 
 
-def plan(world, *overrides, allow_change=()):
+def checked(world, *overrides, allow_change=()):
     """Check the run as launch/train.py does, and start nothing."""
     from hdscale.teachers.build import build_teachers
     from hdscale.training.run import check_run, with_fingerprints
@@ -282,7 +282,7 @@ def test_a_recipe_that_changed_since_the_checkpoint(own_world, spoiled, capsys):
     assert has(message, "--allow-change optim.lr", "run.name")
     # Naming another field does not help, naming this one does.
     assert has(spoiled(capsys, ONLINE, "optim.lr=5e-4", options=["--allow-change", "optim.clip"]), "optim.lr")
-    assert plan(own_world, "optim.lr=5e-4", allow_change=["optim.lr"]).checkpoint.step == 4
+    assert checked(own_world, "optim.lr=5e-4", allow_change=["optim.lr"]).checkpoint.step == 4
 
 
 def test_a_teacher_file_that_changed_since_the_checkpoint(own_world, spoiled, capsys):
@@ -291,7 +291,7 @@ def test_a_teacher_file_that_changed_since_the_checkpoint(own_world, spoiled, ca
     message = spoiled(capsys, ONLINE)
     assert has(message, "checkpoints/step-000000004", "was made with another feature_teacher")
     assert has(message, "--allow-change 'feature_teacher'", "run.name")
-    assert plan(own_world, allow_change=["feature_teacher"]).checkpoint.step == 4
+    assert checked(own_world, allow_change=["feature_teacher"]).checkpoint.step == 4
 
 
 def test_shards_that_changed_since_the_checkpoint(own_world, spoiled, capsys):
@@ -315,9 +315,9 @@ def damage(folder, step, how):
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(how, own_world):
     folder = write_run(own_world, steps=(4, 8))
-    assert plan(own_world).checkpoint.step == 8
+    assert checked(own_world).checkpoint.step == 8
     damage(folder, 8, how)
-    assert plan(own_world).checkpoint.step == 4
+    assert checked(own_world).checkpoint.step == 4
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_over_in_silence(own_world, spoiled, capsys):

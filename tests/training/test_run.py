@@ -72,12 +72,12 @@ def earlier(recipe):
     return write
 
 
-def plan(recipe, *allowed):
+def checked(recipe, *allowed):
     return check_run(recipe, DS_CONFIG, allowed)
 
 
 def test_a_run_is_known_by_its_data_its_precision_and_everything_that_decides_a_view(recipe):
-    assert plan(recipe).fingerprints == {
+    assert checked(recipe).fingerprints == {
         "data": open_shards(Path(recipe.data.shards), "train").digest,
         "precision": "fp32",
         "view crop_ratio": [0.75, 1.25],
@@ -93,40 +93,40 @@ def test_a_run_is_known_by_its_data_its_precision_and_everything_that_decides_a_
 
 @pytest.mark.parametrize("name", FOUND_BEFORE_TEACHERS)
 def test_a_checkpoint_made_with_another_one_of_them_is_refused_by_its_name(name, recipe, earlier):
-    now = plan(recipe).fingerprints
+    now = checked(recipe).fingerprints
     earlier(now, **{name: "another"})
     with pytest.raises(UserError) as error:
-        plan(recipe)
+        checked(recipe)
     assert f"checkpoints/step-000000004: was made with another {name} (another, now " in str(error.value)
     assert str(error.value).endswith(f"pass --allow-change {name!r}")
     others = [other for other in now if other != name]
     with pytest.raises(UserError, match=f"another {name} "):
-        plan(recipe, *others)
-    assert plan(recipe, name).checkpoint.step == 4
+        checked(recipe, *others)
+    assert checked(recipe, name).checkpoint.step == 4
 
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_checkpoint_of_another_teacher_is_refused_by_its_name(name, recipe, earlier):
-    earlier(plan(recipe).fingerprints | DIGESTS, **{name: "a" * 64})
-    run = plan(recipe)
+    earlier(checked(recipe).fingerprints | DIGESTS, **{name: "a" * 64})
+    run = checked(recipe)
     with pytest.raises(UserError, match=rf"another {name} \(sha256 aaaaaaaaaaaa\.\.\., now "):
         with_fingerprints(run, DIGESTS)
-    assert with_fingerprints(plan(recipe, name), DIGESTS).fingerprints == run.fingerprints | DIGESTS
+    assert with_fingerprints(checked(recipe, name), DIGESTS).fingerprints == run.fingerprints | DIGESTS
 
 
 def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_refused(recipe, earlier):
-    now = plan(recipe).fingerprints
+    now = checked(recipe).fingerprints
     earlier({name: value for name, value in now.items() if name != "precision"})
     with pytest.raises(UserError, match=r"another precision \(None, now fp32\)"):
-        plan(recipe)
+        checked(recipe)
 
 
 def test_a_run_under_auto_is_not_continued_in_another_precision(recipe, earlier, monkeypatch):
-    earlier(plan(recipe).fingerprints)
-    assert plan(recipe).checkpoint.step == 4
+    earlier(checked(recipe).fingerprints)
+    assert checked(recipe).checkpoint.step == 4
     monkeypatch.setattr(module, "planned_precision", lambda _: "bf16")
     with pytest.raises(UserError, match=r"another precision \(fp32, now bf16\)"):
-        plan(recipe)
+        checked(recipe)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -135,15 +135,15 @@ def test_a_session_compares_the_weights_of_both_teachers(name, recipe, earlier):
         role: build_teacher(getattr(recipe, role), role=role.removesuffix("_teacher"), grid_size=8).digest
         for role in TEACHERS
     }
-    earlier(plan(recipe).fingerprints | digests, **{name: "a" * 64})
-    run = plan(recipe)
+    earlier(checked(recipe).fingerprints | digests, **{name: "a" * 64})
+    run = checked(recipe)
     with pytest.raises(UserError, match=rf"{name} \(sha256 a{{12}}\.\.\., now sha256 {digests[name][:12]}\.\.\.\)"):
         build_models(run)  # before any engine, and before masks are opened
 
 
 @pytest.mark.parametrize("name", [*FOUND_BEFORE_TEACHERS, *TEACHERS, "checkpoint step", "gradient accumulation"])
 def test_ranks_that_have_found_different_things_are_named_before_any_engine_is_built(name, recipe, monkeypatch):
-    run = with_fingerprints(plan(recipe), DIGESTS)
+    run = with_fingerprints(checked(recipe), DIGESTS)
 
     def gather(values, mine):
         assert name in mine
@@ -203,7 +203,7 @@ def test_the_loop_gets_the_recipe_s_settings_and_the_checkpoint_s_place(
         log={"every_steps": 5},
     )
     state = {"step": 4, "quarantine": [3, 1]}
-    run = plan(recipe)._replace(accumulation=1, checkpoint=Checkpoint(tmp_path, state))
+    run = checked(recipe)._replace(accumulation=1, checkpoint=Checkpoint(tmp_path, state))
     run.folder.mkdir()
     first, second = (Session(run, ranks, "engine", "ask_teachers") for ranks in (FIRST, SECOND))
     for session in (first, second):
@@ -222,7 +222,7 @@ def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(
     step, stop_after, code, recipe, loop_calls, tmp_path
 ):
     recipe = with_settings(recipe, schedule={"stop_after": stop_after})
-    run = plan(recipe)._replace(checkpoint=Checkpoint(tmp_path, {"step": step, "quarantine": []}))
+    run = checked(recipe)._replace(checkpoint=Checkpoint(tmp_path, {"step": step, "quarantine": []}))
     said, nothing = io.StringIO(), io.StringIO()
     assert train_run(Session(run, FIRST, "engine", "ask_teachers"), said) == code
     assert train_run(Session(run, SECOND, "engine", "ask_teachers"), nothing) == code
