@@ -37,6 +37,7 @@ NUM_SAMPLES = 60
 SHARED = {"cluster": "hosts", "demo": "hosts", "two_ranks": "ranks", "one_rank": "ranks"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         group = next((SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())), item.location[0])
