@@ -33,9 +33,9 @@ demo: $(READY)
 demo-hosts: $(READY)
 	$(BIN)/python -m pytest -q -s tests/launch/demo_on_hosts.py
 
-# Two processes: most tests use one core. Tests that share a launched run stay together (tests/conftest.py).
+# Two processes: most tests use one core.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # Launches that repeat what quicker tests show, for a machine with time; keep the log of such a run in docs/results/.
 stress: $(READY)

@@ -33,15 +33,28 @@ ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 60
 
 
-# What is made once for many test files: they run in one of pytest-xdist's processes, as the tests of one file do.
-SHARED = {"cluster": "hosts", "demo": "hosts", "two_ranks": "ranks", "one_rank": "ranks"}
+# What tests of these folders share is made once, by a launch: one of pytest-xdist's processes takes the whole folder.
+# They come first, and with them files that take minutes, so that no process ends long before the other.
+SHARING = ("tests/launch/hosts", "tests/training/scenarios")
+LONG = (*SHARING, "tests/benchmarks/test_memory.py", "tests/ablation/test_ablate_command.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolderOrFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder in SHARING else file
+
+    config.option.loadscopereorder = False
+    return ByFolderOrFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:
-        group = next((SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())), item.location[0])
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     if ON_GPU and torch.cuda.is_available():
         return
     reason = "no GPU is visible" if ON_GPU else "needs a GPU: make test-gpu"

@@ -12,7 +12,7 @@ from tests.helpers.made_up_loop import Loop
 
 pytest.register_assert_rewrite("tests.helpers.whole_runs")
 
-SCENARIOS = ROOT / "tests/training/scenarios.py"
+SCENARIOS = ROOT / "tests/training/scenarios/scenarios.py"
 
 
 @pytest.fixture(scope="session")

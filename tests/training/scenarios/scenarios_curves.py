@@ -5,7 +5,7 @@ import webdataset
 from data_tools.index_shards import main as index_shards
 from hdscale.data.index import open_shards
 from hdscale.training.distill import distill
-from tests.training.lab import DROP_PATH, REPLICATED, watched_optimizers
+from tests.training.scenarios.lab import DROP_PATH, REPLICATED, watched_optimizers
 
 ONLINE = ["mask.source=online", "student.checkpoint_every=1"]
 ALONE = [*REPLICATED, *ONLINE, "optim.micro_batch_size=16"]

@@ -1,6 +1,6 @@
 """Run under the DeepSpeed launcher, or alone: many short runs in one process group, since a launch takes 12 seconds.
 
-python tests/training/scenarios.py WORLD_FOLDER RANKS
+python tests/training/scenarios/scenarios.py WORLD_FOLDER RANKS
 
 Run folders and `results-RANKS.json` are what the tests look at.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hdscale.engine.ranks import distributed
-from tests.training.lab import Lab
-from tests.training.scenarios_bad_samples import damaged
-from tests.training.scenarios_commands import masks, pretraining, smoke_run
-from tests.training.scenarios_curves import checkpointing, curves_of_one, curves_of_two, foreign, others
-from tests.training.scenarios_resume import bf16, elastic, elastic_source, interrupt, offloaded, resume
-from tests.training.scenarios_teachers import spoiled_teacher, teachers
+from tests.training.scenarios.lab import Lab
+from tests.training.scenarios.scenarios_bad_samples import damaged
+from tests.training.scenarios.scenarios_commands import masks, pretraining, smoke_run
+from tests.training.scenarios.scenarios_curves import checkpointing, curves_of_one, curves_of_two, foreign, others
+from tests.training.scenarios.scenarios_resume import bf16, elastic, elastic_source, interrupt, offloaded, resume
+from tests.training.scenarios.scenarios_teachers import spoiled_teacher, teachers
 
 # Later ones use what earlier ones leave: masks of all samples, run folders to compare with or to go on from.
 BY_RANKS = {

@@ -16,7 +16,7 @@ from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch, Targets
 from hdscale.vit.encoder import Recompute
 
-RECIPE = Path(__file__).resolve().parents[1] / "launch/recipes/vit_l_in21k.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "launch/recipes/vit_l_in21k.yaml"
 KEPT, PATCHES = 66, 196
 VIT_L = ViTSizes(depth=24, embed_dim=1024, num_patches=PATCHES, patch_size=16)
 CLIP_L = ViTSizes(depth=24, embed_dim=1024, num_patches=PATCHES, patch_size=14)

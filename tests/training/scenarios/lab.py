@@ -12,7 +12,7 @@ from hdscale.config.loading import load_recipe
 from hdscale.training.distill import distill
 from tests.helpers.sessions import started
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DROP_PATH = "student.drop_path=0.3"
 # Sharded teachers take half of a step. Where they are not the question, stage 3 shows them and stage 2 goes without.
 REPLICATED = [f"{role}_teacher.sharding=replicate" for role in ("feature", "relation")]

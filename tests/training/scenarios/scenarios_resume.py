@@ -11,7 +11,7 @@ from hdscale.engine.zero_state import gather_shard
 from hdscale.training.distill import distill
 from hdscale.training.loop import run_loader, train_run
 from tests.helpers.whole_runs import STOP
-from tests.training.lab import DROP_PATH, REPLICATED, ROOT, watched_optimizers
+from tests.training.scenarios.lab import DROP_PATH, REPLICATED, ROOT, watched_optimizers
 
 TO_STOP = {2: [DROP_PATH, *REPLICATED], "3all": [DROP_PATH]}
 

@@ -9,7 +9,7 @@ from hdscale.teachers.targets import TeacherPair
 from hdscale.training.distill import build_teacher_engines, teacher_digests
 from hdscale.training.loop import run_loader, train_step
 from tests.helpers.sessions import started
-from tests.training.lab import REPLICATED
+from tests.training.scenarios.lab import REPLICATED
 
 
 def teachers(lab):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hdscale.data.index import open_shards
 from hdscale.errors import UserError
 from tests.helpers.whole_runs import BAD, STOP
-from tests.training.lab import DROP_PATH, REPLICATED
+from tests.training.scenarios.lab import DROP_PATH, REPLICATED
 
 MORE_BAD = [10, 44, 59]
 

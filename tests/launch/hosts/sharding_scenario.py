@@ -1,6 +1,6 @@
 """Run under the DeepSpeed launcher on several hosts: teachers of every sharding, asked about the same batch.
 
-python tests/launch/sharding_scenario.py RECIPE OUTPUT
+python tests/launch/hosts/sharding_scenario.py RECIPE OUTPUT
 """
 
 import json
@@ -18,7 +18,7 @@ from hdscale.engine.zero_internals import held_elements
 from hdscale.training.loop import run_loader, train_step
 from tests.helpers.sessions import started
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHARDINGS = ("node", "zero3", "replicate")
 
 

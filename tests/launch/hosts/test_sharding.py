@@ -15,7 +15,7 @@ def shardings(cluster, demo):
     recipe, output = demo / "shardings.yaml", demo / "shardings.json"
     resolved = load_recipe(demo / "recipe.yaml", [*demo_overrides(demo, "shardings"), "optim.micro_batch_size=4"])
     recipe.write_text(dump_recipe(resolved))
-    script = ["tests/launch/sharding_scenario.py", recipe, output]
+    script = ["tests/launch/hosts/sharding_scenario.py", recipe, output]
     env = {"PYTHONPATH": str(ROOT)}
     done = cluster.run("deepspeed", "--hostfile", cluster.hostfile(2, slots=2), *script, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
