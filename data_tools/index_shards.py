@@ -83,7 +83,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="cls: the .cls member; json:FIELD: a field of the .json member; none; "
         "auto: .cls, else the .json's label or cls, else none (default: %(default)s)",
     )
-    parser.add_argument("--classes", type=Path, help="text file, one class name per line, in the order of the labels")
+    parser.add_argument("--classes", type=Path, help="text file, one class name a line, in the order of the labels")
     parser.add_argument(
         "--pictures",
         default="",
@@ -91,7 +91,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="what follows the first dot of a picture's name, such as jpg, where a key has several pictures "
         "(default: whatever ends with jpg, jpeg, png or webp)",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     return parser.parse_args(argv)
 
 

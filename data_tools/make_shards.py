@@ -133,12 +133,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         type=Path,
-        help="imagefolder: folder with one folder of pictures per class; "
-        "synset-tars: folder with one CLASS.tar per class, or a tar of such tars; "
-        "csv: file with the columns path and label (class names, or integers 0 .. n - 1)",
+        help="imagefolder: folder with one folder of pictures a class; synset-tars: folder with one CLASS.tar a class, "
+        "or a tar of such tars; csv: file with the columns path and label (class names, or integers 0 .. n - 1)",
     )
     parser.add_argument("--root", type=Path, help="csv: folder of relative paths (default: the file's)")
-    parser.add_argument("--only-classes", type=Path, help="file with one class per line: only these, labels in order")
+    parser.add_argument("--only-classes", type=Path, help="file with one class a line: only these, labels in its order")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards; created when missing")
     parser.add_argument("--split", default=defaults.split, help="name of the split (default: %(default)s)")
     parser.add_argument("--val-fraction", type=float, help="share that goes into a second split, val")
@@ -154,7 +153,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, help=f"of resized JPEGs, 1 .. 100 (default: {DEFAULT_QUALITY})")
     parser.add_argument("--part", metavar="i/n", help="write the share of machine i of n (1 .. n) only")
     parser.add_argument("--finish", action="store_true", help="join what all parts wrote to index and manifest")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the shuffle (default: %(default)s)")
     return parser.parse_args(argv)
 

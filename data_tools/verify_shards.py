@@ -53,7 +53,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, required=True, help="folder that holds the shards")
     parser.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="sizes and headers only")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--report", type=Path, help="file of what is bad (default: SPLIT.verify.jsonl beside the tars)")
     return parser.parse_args(argv)
 

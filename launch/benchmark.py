@@ -92,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # set by the launcher
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="images per second of the loader, of the usual pipeline, of decoders")
+    data = commands.add_parser("data", help="images a second of the loader, of the usual pipeline, of decoders")
     data.add_argument("--shards", type=Path, help="folder of shards (default: 500 x 375 JPEGs that are made for this)")
     data.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
     data.add_argument("--images", type=int, default=1536, help="a run of each contender (default: %(default)s)")
@@ -104,7 +104,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     memory.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="a launch for each (default: 1,2,4)")
     memory.add_argument("--stages", type=_numbers, default=[0, 2, 3], help="of ZeRO (default: 0,2,3)")
     memory.add_argument("--shrink", type=int, help="divides sizes in ds_configs/ (default: 1; without --recipe, 28)")
-    memory.add_argument("--micro-batch-size", type=int, default=1, help="images per rank (default: %(default)s)")
+    memory.add_argument("--micro-batch-size", type=int, default=1, help="images a rank (default: %(default)s)")
     memory.add_argument("--variants", action="store_true", help="other settings of ZeRO-2 and 3, too")
     memory.add_argument("--resident", action="store_true", help="peak resident memory instead, of the last stage")
     memory.add_argument("--output", type=Path, help="JSON file for all figures")

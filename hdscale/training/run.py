@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,13 @@ from hdscale.errors import UserError
 from hdscale.hashing import short_value
 from hdscale.runs.checkpoint import Checkpoint, newest_checkpoint
 from hdscale.runs.folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
+from hdscale.student.build import student_grid_size
 from hdscale.training.schedule import Schedule, build_schedule
 from hdscale.types import Batch
 
 
 class Run(NamedTuple):
-    """A run that is known to make sense: nothing here has touched a device or another rank."""
+    """A run that is known to make sense: no device is taken yet, and no other rank was asked."""
 
     recipe: Recipe
     ds_config: dict[str, Any]  # complete, as DeepSpeed takes it
@@ -65,7 +67,7 @@ class Session(NamedTuple):
     """Takes a batch on the device, returns the engine's arguments; in pretraining, labels or a mask are the teacher."""
     look_up_masks: MaskLookup | None = None
     flops_per_image: float | None = None  # of one training step, for the log's `mfu`
-    teacher_engines: Mapping[str, nn.Module] = {}  # by recipe section
+    teacher_engines: Mapping[str, nn.Module] = MappingProxyType({})  # by recipe section
 
 
 def planned_world_size() -> int:
@@ -89,6 +91,7 @@ def check_run(recipe: Recipe, ds_config: Mapping[str, Any], allow_change: Sequen
     Raises:
         UserError: whatever the person who started the run can mend.
     """
+    student_grid_size(recipe.student, recipe.data.img_size)  # sizes that do not fit are found before any file is read
     folder = run_folder_of(recipe)
     shards = open_shards(Path(recipe.data.shards), recipe.data.split)
     schedule = build_schedule(recipe.schedule, recipe.optim, shards.num_samples)
