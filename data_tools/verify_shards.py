@@ -4,7 +4,7 @@
     python data_tools/verify_shards.py --shards shards/ --split train
 
 --quick compares sizes and headers; without it every byte is read and every picture decoded. Exit code 0: all is well,
-1: something is bad, and the report names it, one JSON object per line.
+1: something is bad, and the report names it, one JSON object a line.
 """
 
 from __future__ import annotations
