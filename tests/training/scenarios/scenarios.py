@@ -43,11 +43,18 @@ BY_RANKS = {
 
 
 def main(folder, ranks):
-    found = {}
     gc.freeze()  # ZeRO-3 collects garbage at every start; of all the modules, there is none
+    try:
+        run_all(Path(folder), ranks)
+    finally:
+        gc.unfreeze()  # what is left at the end goes in the interpreter's order, threads of modules included
+
+
+def run_all(folder, ranks):
+    found = {}
     with distributed() as this:
         assert this.world_size == int(ranks)
-        lab = Lab(Path(folder), this)
+        lab = Lab(folder, this)
         for scenario in BY_RANKS[ranks]:
             start = time.perf_counter()
             found[scenario.__name__] = scenario(lab)
