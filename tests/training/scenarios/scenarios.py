@@ -5,7 +5,6 @@ python tests/training/scenarios/scenarios.py WORLD_FOLDER RANKS
 Run folders and `results-RANKS.json` are what the tests look at.
 """
 
-import gc
 import json
 import sys
 import time
@@ -43,18 +42,10 @@ BY_RANKS = {
 
 
 def main(folder, ranks):
-    gc.freeze()  # ZeRO-3 collects garbage at every start; of all the modules, there is none
-    try:
-        run_all(Path(folder), ranks)
-    finally:
-        gc.unfreeze()  # what is left at the end goes in the interpreter's order, threads of modules included
-
-
-def run_all(folder, ranks):
     found = {}
     with distributed() as this:
         assert this.world_size == int(ranks)
-        lab = Lab(folder, this)
+        lab = Lab(Path(folder), this)
         for scenario in BY_RANKS[ranks]:
             start = time.perf_counter()
             found[scenario.__name__] = scenario(lab)
