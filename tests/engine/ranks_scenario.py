@@ -3,6 +3,7 @@
 python tests/engine/ranks_scenario.py FOLDER
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,16 @@ import torch.distributed as dist
 from hdscale.engine.ranks import distributed
 
 
+PR_GET_PDEATHSIG = 2
+
+
+def signal_of_a_dead_parent():
+    """Return the signal that this process gets when the one that started it dies; 0: none."""
+    number = ctypes.c_int()
+    assert ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(number)) == 0
+    return number.value
+
+
 def main(folder):
     with distributed() as ranks:
         dist.barrier()  # all have taken their buffers' names back
@@ -22,6 +33,7 @@ def main(folder):
         found = {
             "pid": os.getpid(),
             "launcher": os.getppid(),
+            "when_it_dies": signal_of_a_dead_parent(),
             "timeout": backend.options._timeout.total_seconds(),
             "mapped": "/dev/shm/deepspeed_" in Path("/proc/self/maps").read_text(),
             "named": [path.name for path in Path("/dev/shm").glob(f"deepspeed_*{meeting_point}*")],

@@ -28,6 +28,7 @@ def left_alone(tmp_path_factory):
 
 def test_ranks_end_with_a_launcher_that_is_killed(left_alone):
     for rank in left_alone:
+        assert rank["when_it_dies"] == signal.SIGTERM  # otherwise they wait without an end
         until(lambda pid=rank["pid"]: not is_running(pid), "a rank to end without its launcher")
 
 
