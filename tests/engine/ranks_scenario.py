@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from hdscale.engine.ranks import distributed
 
-
 PR_GET_PDEATHSIG = 2
 
 
