@@ -23,10 +23,10 @@ from hdscale.benchmarks.memory_report import (
     measure_here,
     memory_report,
     resident_report,
-    started_by_launcher,
 )
 from hdscale.benchmarks.photographs import make_photo_shards
 from hdscale.cli import EXIT_DONE, run
+from hdscale.cluster.launcher import started_by_launcher
 from hdscale.data.index import ShardSet, open_shards
 from hdscale.errors import UserError
 from hdscale.progress import Progress

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     from hdscale.cluster.hostfile import read_hostfile
+    from hdscale.cluster.launcher import started_by_launcher
     from hdscale.preflight import bandwidth, hosts
     from hdscale.preflight.machine import Question, machine_facts
     from hdscale.preflight.table import render
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     if options.facts is not None:
         print(hosts.facts_line(machine_facts(hosts.question_from_json(options.facts))), flush=True)
         return EXIT_DONE
-    if "RANK" in os.environ:
+    if started_by_launcher():
         raise UserError("start preflight.py with python: it starts the launcher itself")
     question = Question(options.precision, options.shards, options.split, options.run_root)
     script = Path(__file__).resolve()

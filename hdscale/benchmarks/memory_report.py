@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -98,11 +97,6 @@ def launch(script: Path, arguments: Sequence[str], ranks: int) -> list[dict[str,
         if done.returncode or not output.exists():
             raise UserError(f"{ranks} ranks ended with exit code {done.returncode}: see above")
         return json.loads(output.read_text())
-
-
-def started_by_launcher() -> bool:
-    """Whether this process is one of a launcher's ranks."""
-    return "RANK" in os.environ
 
 
 class MemoryOptions(NamedTuple):

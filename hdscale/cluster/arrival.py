@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented there
 
-from hdscale.cluster.launcher import check_hostfile, free_port, planned_hosts
+from hdscale.cluster.launcher import check_hostfile, free_port, planned_hosts, started_by_launcher
 from hdscale.cluster.rendezvous import POLL_SECONDS, READY_SECONDS, Rendezvous, name_ranks, one_line
 from hdscale.config.loading import flat_fields
 from hdscale.config.recipe import Recipe
@@ -187,7 +187,7 @@ def _launched_or_alone() -> Iterator[bool]:
     Yields:
         Whether a launcher has started it.
     """
-    if "RANK" in os.environ:
+    if started_by_launcher():
         yield True
         return
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

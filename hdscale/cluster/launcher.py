@@ -124,6 +124,16 @@ def check_hostfile(command_lines: list[list[str]] | None = None) -> None:
             )
 
 
+def started_by_launcher() -> bool:
+    """Whether this process is one of a launcher's ranks."""
+    return "RANK" in os.environ
+
+
+def planned_world_size() -> int:
+    """Return how many ranks the launcher has started, before they meet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def planned_hosts(world_size: int, command_lines: list[list[str]] | None = None) -> list[str | None]:
     """Return the host that each rank was meant to run on, whether it got there or not.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hdscale.cluster.arrival import check_same
+from hdscale.cluster.launcher import planned_world_size
 from hdscale.config.recipe import Recipe
 from hdscale.data.fingerprint import view_fingerprint
 from hdscale.data.index import ShardSet, open_shards
@@ -68,11 +68,6 @@ class Session(NamedTuple):
     look_up_masks: MaskLookup | None = None
     flops_per_image: float | None = None  # of one training step, for the log's `mfu`
     teacher_engines: Mapping[str, nn.Module] = MappingProxyType({})  # by recipe section
-
-
-def planned_world_size() -> int:
-    """Return how many ranks the launcher has started, before they meet."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def planned_precision(recipe: Recipe) -> str:

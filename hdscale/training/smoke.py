@@ -14,6 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from hdscale.cli import EXIT_DONE
+from hdscale.cluster.launcher import planned_world_size
 from hdscale.config.recipe import Recipe, TeacherConfig
 from hdscale.engine.ranks import distributed
 from hdscale.flops import count_flops
@@ -29,7 +30,7 @@ from hdscale.training.distill import build_models, start
 from hdscale.training.loop import run_loader, seed_everything, to_device, train_step
 from hdscale.training.masks import store_fingerprint
 from hdscale.training.meter import peak_memory_gb
-from hdscale.training.run import Run, Session, check_run, planned_world_size
+from hdscale.training.run import Run, Session, check_run
 from hdscale.types import Batch
 
 _PICTURE = (375, 500)  # height, width in pixels: ImageNet's usual
