@@ -25,6 +25,47 @@ TEACHER_SECTIONS = ("feature_teacher", "relation_teacher")
 """Sections of the recipe, in the order of the fields of `Teachers`."""
 
 
+class Teachers(NamedTuple):
+    """The frozen models of a run, on the CPU, pruned to what the run takes from them."""
+
+    feature: FrozenTeacher | None
+    relation: FrozenTeacher | None
+
+    def named(self) -> dict[str, FrozenTeacher]:
+        """Return the teachers there are, by recipe section."""
+        return {name: teacher for name, teacher in zip(TEACHER_SECTIONS, self, strict=True) if teacher is not None}
+
+    def shapes(self) -> TeacherShapes:
+        """Return what a student has to fit."""
+        return TeacherShapes(
+            feature_dim=None if self.feature is None else self.feature.target_dim,
+            relation_heads=None if self.relation is None else self.relation.num_heads,
+            relation_dim=None if self.relation is None else self.relation.embed_dim,
+            teacher_has_cls=self.relation is not None and self.relation.has_cls,
+        )
+
+
+def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
+    """Build both teachers for a student of `grid_size` x `grid_size` patches.
+
+    The relation teacher also gives the tokens of the mask layers where masks are made in the step.
+    """
+    feature = relation = None
+    if recipe.feature_teacher is not None:
+        feature = build_teacher(recipe.feature_teacher, role="feature", grid_size=grid_size, field="feature_teacher")
+    if recipe.relation_teacher is not None:
+        relation = build_teacher(
+            recipe.relation_teacher,
+            role="relation",
+            grid_size=grid_size,
+            relation_layers=recipe.relation.layers,
+            layer_output=recipe.relation.target,
+            mask=recipe.mask if recipe.mask.is_online else None,
+            field="relation_teacher",
+        )
+    return Teachers(feature, relation)
+
+
 class FrozenTeacher(nn.Module):
     """A backbone that never trains and never leaves eval mode, with its own preprocessing."""
 
@@ -143,44 +184,3 @@ def _set_input_size(model: ViT, config: TeacherConfig, grid_size: int | None, fi
             )
     model.set_input_size((wanted, wanted))
     resize_rel_pos_bias(model)
-
-
-class Teachers(NamedTuple):
-    """The frozen models of a run, on the CPU, pruned to what the run takes from them."""
-
-    feature: FrozenTeacher | None
-    relation: FrozenTeacher | None
-
-    def named(self) -> dict[str, FrozenTeacher]:
-        """Return the teachers there are, by recipe section."""
-        return {name: teacher for name, teacher in zip(TEACHER_SECTIONS, self, strict=True) if teacher is not None}
-
-    def shapes(self) -> TeacherShapes:
-        """Return what a student has to fit."""
-        return TeacherShapes(
-            feature_dim=None if self.feature is None else self.feature.target_dim,
-            relation_heads=None if self.relation is None else self.relation.num_heads,
-            relation_dim=None if self.relation is None else self.relation.embed_dim,
-            teacher_has_cls=self.relation is not None and self.relation.has_cls,
-        )
-
-
-def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
-    """Build both teachers for a student of `grid_size` x `grid_size` patches.
-
-    The relation teacher also gives the tokens of the mask layers where masks are made in the step.
-    """
-    feature = relation = None
-    if recipe.feature_teacher is not None:
-        feature = build_teacher(recipe.feature_teacher, role="feature", grid_size=grid_size, field="feature_teacher")
-    if recipe.relation_teacher is not None:
-        relation = build_teacher(
-            recipe.relation_teacher,
-            role="relation",
-            grid_size=grid_size,
-            relation_layers=recipe.relation.layers,
-            layer_output=recipe.relation.target,
-            mask=recipe.mask if recipe.mask.is_online else None,
-            field="relation_teacher",
-        )
-    return Teachers(feature, relation)

@@ -69,6 +69,52 @@ def precompute_masks(recipe: Recipe, ds_config: Mapping[str, Any], *, stream: Te
         return _fill(_Writer(recipe, shards, store, engine, ranks), stream)
 
 
+def open_mask_store(run: Run, teacher: FrozenTeacher | None, num_patches: int) -> MaskStore | None:
+    """Open the recipe's mask store and refuse masks of other data, views, seeds, settings or teachers.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    recipe = run.recipe
+    if not recipe.mask.chosen_by_teacher or recipe.mask.source != "store":
+        return None
+    store = MaskStore.open(recipe.mask.store)
+    expected = store_fingerprint(recipe, run.shards, run.precision, teacher)
+    assert recipe.data.views != "fresh", "checked by the recipe"
+    store.check(expected, recipe.data.views)
+    if store.manifest.num_patches != num_patches:
+        raise UserError(
+            f"{store.path / 'manifest.json'}: masks of {store.manifest.num_patches} patches, the student has "
+            f"{num_patches}: run launch/precompute_masks.py with mask.store=OTHER_FOLDER"
+        )
+    return store
+
+
+def store_fingerprint(
+    recipe: Recipe, shards: ShardSet, precision: str, teacher: FrozenTeacher | None
+) -> dict[str, Any]:
+    """Return what the recipe's stored masks must have been made from.
+
+    Raises:
+        UserError: there is no relation teacher to check them against.
+    """
+    if teacher is None:
+        raise UserError(
+            f"mask.strategy {recipe.mask.strategy} needs the relation_teacher that made the masks in "
+            f"{recipe.mask.store}: name it, with loss.alpha=0 for masks alone, or set mask.strategy=none"
+        )
+    return mask_fingerprint(
+        recipe.mask,
+        teacher_digest=teacher.digest,
+        teacher_normalisation=(teacher.preprocess.mean, teacher.preprocess.std),
+        view_fingerprint=view_fingerprint(recipe.data, recipe.run.seed),
+        index_digest=shards.digest,
+        seed=recipe.run.seed,
+        precision=precision,
+        depth=teacher.depth,
+    )
+
+
 class _Writer(NamedTuple):
     recipe: Recipe
     shards: ShardSet
@@ -122,49 +168,3 @@ def _part(writer: _Writer, view: int, part: int, progress: Progress, stop: StopF
     everyone = torch.empty(ranks.world_size * stretch, row_bytes(num_patches), dtype=torch.uint8, device=ranks.device)
     dist.all_gather_into_tensor(everyone, mine)
     return everyone[: len(samples)].cpu().numpy()
-
-
-def open_mask_store(run: Run, teacher: FrozenTeacher | None, num_patches: int) -> MaskStore | None:
-    """Open the recipe's mask store and refuse masks of other data, views, seeds, settings or teachers.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    recipe = run.recipe
-    if not recipe.mask.chosen_by_teacher or recipe.mask.source != "store":
-        return None
-    store = MaskStore.open(recipe.mask.store)
-    expected = store_fingerprint(recipe, run.shards, run.precision, teacher)
-    assert recipe.data.views != "fresh", "checked by the recipe"
-    store.check(expected, recipe.data.views)
-    if store.manifest.num_patches != num_patches:
-        raise UserError(
-            f"{store.path / 'manifest.json'}: masks of {store.manifest.num_patches} patches, the student has "
-            f"{num_patches}: run launch/precompute_masks.py with mask.store=OTHER_FOLDER"
-        )
-    return store
-
-
-def store_fingerprint(
-    recipe: Recipe, shards: ShardSet, precision: str, teacher: FrozenTeacher | None
-) -> dict[str, Any]:
-    """Return what the recipe's stored masks must have been made from.
-
-    Raises:
-        UserError: there is no relation teacher to check them against.
-    """
-    if teacher is None:
-        raise UserError(
-            f"mask.strategy {recipe.mask.strategy} needs the relation_teacher that made the masks in "
-            f"{recipe.mask.store}: name it, with loss.alpha=0 for masks alone, or set mask.strategy=none"
-        )
-    return mask_fingerprint(
-        recipe.mask,
-        teacher_digest=teacher.digest,
-        teacher_normalisation=(teacher.preprocess.mean, teacher.preprocess.std),
-        view_fingerprint=view_fingerprint(recipe.data, recipe.run.seed),
-        index_digest=shards.digest,
-        seed=recipe.run.seed,
-        precision=precision,
-        depth=teacher.depth,
-    )
