@@ -22,6 +22,11 @@ class LostRankError(RuntimeError):
     """Another rank is gone, and with it the run; the message names it and its host. Exit code 1."""
 
     def __init__(self, message: str, *, reported_by: int) -> None:
-        """Take the message and the rank that prints it, as for `UserError`."""
+        """Take the message.
+
+        Args:
+            message: one line.
+            reported_by: the one rank that prints it.
+        """
         super().__init__(message)
         self.reported_by = reported_by

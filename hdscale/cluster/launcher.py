@@ -139,7 +139,7 @@ def planned_hosts(world_size: int, command_lines: list[list[str]] | None = None)
 
     Args:
         world_size: number of ranks.
-        command_lines: as for `check_hostfile`.
+        command_lines: those of the launcher and its parents; None: read from /proc.
 
     Returns:
         One name per rank: from DeepSpeed's launcher, or from HDSCALE_HOSTS, comma-separated names of hosts with equal

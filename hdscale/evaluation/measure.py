@@ -124,7 +124,15 @@ def _curves(
 def measure(
     candidate: Candidate, held_out: HeldOut, evaluation: EvaluationConfig, device: torch.device, stream: TextIO | None
 ) -> SummaryRow:
-    """Fill one row of the summary; see `held_out_features` and `measure_attention`."""
+    """Fill one row of the summary: k-NN accuracy of mean-pooled tokens or pixels, head distance and NMI of every layer.
+
+    Args:
+        candidate: moved to the device.
+        held_out: both sides for k-NN, the held-out one for attention.
+        evaluation: `neighbors` and `attention_images`.
+        device: where the model runs.
+        stream: where to show progress.
+    """
     knn = knn_accuracy(*held_out_features(candidate, held_out, device, stream), evaluation.neighbors)
     curves = measure_attention(candidate, held_out, evaluation.attention_images, device)
     return SummaryRow(candidate.name, candidate.role, knn, curves, candidate.images_per_second)

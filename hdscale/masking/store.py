@@ -36,7 +36,7 @@ OTHER_STORE = f"{RUN_PRECOMPUTE} with mask.store=OTHER_FOLDER"
 class StoreManifest(NamedTuple):
     """What masks/manifest.json says."""
 
-    fingerprint: dict[str, Any]  # see hdscale.masking.fingerprint
+    fingerprint: dict[str, Any]  # of what decides a mask, from `mask_fingerprint`
     num_samples: int
     num_patches: int
     num_keep: int

@@ -47,7 +47,7 @@ class SplitJob(NamedTuple):
     labels: np.ndarray  # (n,) of the same
     samples_per_shard: int
     made_by: Settings  # recorded in the manifest; a run that continues must have the same
-    places: np.ndarray | None = None  # (n,) of the same, see `Listing`
+    places: np.ndarray | None = None  # (n,) where the pictures are, if their names do not tell
 
     @property
     def records(self) -> SplitRecords:

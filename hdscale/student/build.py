@@ -116,7 +116,7 @@ def student_grid_size(config: StudentConfig, img_size: int) -> int:
     """Return the patches along one side of a view, without building the student's weights.
 
     Raises:
-        UserError: as `build_student`.
+        UserError: no such model, or sizes that do not fit each other.
     """
     with torch.device("meta"):
         model = create_vit("student.model", student_arch(config, img_size))

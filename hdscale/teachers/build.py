@@ -134,7 +134,8 @@ def build_teacher(
         field: the section's name, for messages.
 
     Raises:
-        UserError: as `load_source`; or the teacher's grid cannot be the student's; or a layer it does not have.
+        UserError: an unknown name, weights that are not there or do not fit, no projection to give, a grid that cannot
+            be the student's, or a layer that the teacher does not have.
     """
     model, mean, std = load_source(config, field)
     _set_input_size(model, config, grid_size, field)

@@ -75,7 +75,7 @@ def generated_session(
     """Start a session for a few optimizer steps that needs no file; what it wrote goes at the end.
 
     Args:
-        recipe: of which everything is taken but what `smoke` names.
+        recipe: all of it is taken but pictures, teachers' weights, stored masks and the batch size.
         steps: optimizer steps; as many pictures are generated.
         ds_config: checked DeepSpeed config of the student.
         teacher_ds_config: the same of teachers with `sharding: zero3` or `node`.

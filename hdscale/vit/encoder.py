@@ -163,7 +163,7 @@ class ViTEncoder(nn.Module):
 
     @property
     def rel_pos_bias(self) -> nn.Module | None:
-        """The model's bias of all blocks' attention, see hdscale.vit.rel_pos."""
+        """What gives the bias of all blocks' attention logits; None: the model has none."""
         return getattr(self.model, "rel_pos_bias", None)
 
     def _bias(self, rows: Tensor | None, x: Tensor) -> Tensor | None:

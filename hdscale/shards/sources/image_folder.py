@@ -64,7 +64,12 @@ class ImageFolder:
         return Listing(tuple(classes), names, np.array(labels, dtype=np.int32), left_out)
 
     def read(self, name: str, place: None = None) -> Picture:
-        """Read a file; see `stored_picture`."""
+        """Read the file of this name, checked and ready to be stored.
+
+        Raises:
+            BadPicture: it cannot be decoded.
+            OSError: it cannot be read, or is no regular file.
+        """
         del place
         return stored_picture(read_file(self.folder / name), self.resize)
 

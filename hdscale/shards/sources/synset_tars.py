@@ -84,7 +84,12 @@ class SynsetTars:
         return Listing(tuple(classes), names, labels, left_out + others, np.concatenate(places), tuple(damaged))
 
     def read(self, name: str, place: np.void) -> Picture:
-        """Read a picture in place; see `stored_picture`."""
+        """Read the picture at this place of its tar, checked and ready to be stored.
+
+        Raises:
+            BadPicture: it cannot be decoded.
+            OSError: it cannot be read, or ends before the picture does.
+        """
         path = self.path / f"{name.partition('/')[0]}.tar" if self.path.is_dir() else self.path
         size = int(place["size"])
         with path.open("rb", buffering=0) as file:  # shuffled reads: keeping it open would save next to nothing
