@@ -120,7 +120,7 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
         fp32 on a CPU; on a GPU bf16 where the hardware has it (a V100 only emulates it), else fp16.
 
     Raises:
-        UserError: fp16 on a CPU, where DeepSpeed refuses it.
+        UserError: fp16 on a CPU, where DeepSpeed refuses it, or bf16 on a GPU that only emulates it.
     """
     if device.type == "cpu":
         if wanted == "fp16":

@@ -130,7 +130,10 @@ def launch_all_reduce(script: Path, hostfile: Path | None, num_devices: int) -> 
         num_devices: ranks on this machine; a hostfile says it for its own machines.
 
     Returns:
-        The rates and nothing, or no rates and what went wrong.
+        The rates and nothing, or no rates and what went wrong in the launch.
+
+    Raises:
+        UserError: DeepSpeed's launcher is not installed.
     """
     num_gpus = num_devices if hostfile is None else None
     arguments = ["--all-reduce"]
