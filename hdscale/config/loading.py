@@ -89,8 +89,13 @@ def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     return [
         (field, before.get(field), after.get(field))
         for field in sorted(before.keys() | after.keys())
-        if before.get(field) != after.get(field) and not _is_free(field)
+        if before.get(field) != after.get(field) and not is_allowed(field, _FREE_FIELDS)
     ]
+
+
+def is_allowed(name: str, allow_change: typing.Sequence[str]) -> bool:
+    """Tell whether a field or fingerprint is listed, itself or by its section."""
+    return any(name == allowed or name.startswith(allowed + ".") for allowed in allow_change)
 
 
 def is_known_field(name: str) -> bool:
@@ -118,10 +123,6 @@ def flat_fields(values: typing.Mapping[str, Any], prefix: str = "") -> dict[str,
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(free + ".") for free in _FREE_FIELDS)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

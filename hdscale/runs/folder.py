@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hdscale.config.loading import RECIPE_FILE, changed_fields, dump_recipe, load_run_recipe
+from hdscale.config.loading import RECIPE_FILE, changed_fields, dump_recipe, is_allowed, load_run_recipe
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
@@ -37,11 +37,6 @@ def check_recipe_unchanged(folder: Path, recipe: Recipe, allow_change: Sequence[
             f"{folder / RECIPE_FILE}: the run was started with {differences}: "
             f"set it back, choose another run.name, or pass {flags}"
         )
-
-
-def is_allowed(name: str, allow_change: Sequence[str]) -> bool:
-    """Tell whether a field or fingerprint is listed, itself or by its section."""
-    return any(name == allowed or name.startswith(allowed + ".") for allowed in allow_change)
 
 
 def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any], world_size: int) -> None:

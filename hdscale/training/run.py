@@ -13,6 +13,7 @@ from torch import nn
 
 from hdscale.cluster.arrival import check_same
 from hdscale.cluster.launcher import planned_world_size
+from hdscale.config.loading import is_allowed
 from hdscale.config.recipe import Recipe
 from hdscale.data.fingerprint import view_fingerprint
 from hdscale.data.index import ShardSet, open_shards
@@ -25,7 +26,7 @@ from hdscale.engine.zero_state import restore
 from hdscale.errors import UserError
 from hdscale.hashing import short_value
 from hdscale.runs.checkpoint import Checkpoint, newest_checkpoint
-from hdscale.runs.folder import check_recipe_unchanged, is_allowed, mark_done, run_folder_of, write_run_folder
+from hdscale.runs.folder import check_recipe_unchanged, mark_done, run_folder_of, write_run_folder
 from hdscale.student.build import student_grid_size
 from hdscale.training.schedule import Schedule, build_schedule
 from hdscale.types import Batch

@@ -7,10 +7,10 @@ import typing
 import pytest
 from pydantic import BaseModel
 
-from hdscale.config.loading import RECIPE_FILE, changed_fields, check_allowed, dump_recipe, load_recipe
+from hdscale.config.loading import RECIPE_FILE, changed_fields, check_allowed, dump_recipe, is_allowed, load_recipe
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
-from hdscale.runs.folder import check_recipe_unchanged, is_allowed
+from hdscale.runs.folder import check_recipe_unchanged
 
 FREE = {
     "run.name",
