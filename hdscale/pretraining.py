@@ -15,6 +15,7 @@ from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 from hdscale.masking.random import random_keep_indices
 from hdscale.student.build import Student
+from hdscale.student.decoder import draw_linears, fill_places
 from hdscale.types import Batch, LossTerms
 from hdscale.vit.position import sincos_position_embedding
 
@@ -75,17 +76,12 @@ class _Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=_EPS)
         self.pixels = nn.Linear(dim, 3 * encoder.patch_size**2)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        draw_linears(self)
 
     def forward(self, tokens: Tensor, keep_indices: Tensor) -> Tensor:
         """Put mask tokens where nothing was seen, and decode."""
         seen = self.embed(tokens)  # (B, K, decoder dim)
-        num_patches = self.pos_embed.shape[1]
-        everywhere = self.mask_token.to(seen.dtype).expand(len(seen), num_patches, -1)
-        x = everywhere.scatter(1, keep_indices.unsqueeze(-1).expand_as(seen), seen) + self.pos_embed.to(seen.dtype)
+        x = fill_places(seen, keep_indices, self.mask_token, self.pos_embed.shape[1]) + self.pos_embed.to(seen.dtype)
         for block in self.blocks:
             x = block(x)
         return self.pixels(self.norm(x))
