@@ -15,7 +15,7 @@ from hdscale.ablation.jobs import JobBuilder, RowJobs, Settings
 from hdscale.ablation.measuring import Measures, measure_row
 from hdscale.ablation.rendering import Report, render_csv, render_markdown
 from hdscale.ablation.results import RowResult
-from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_jobs
+from hdscale.ablation.running import Failures, Launcher, Stopped, adopt_teachers, run_jobs, say
 from hdscale.ablation.table import Row
 from hdscale.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from hdscale.errors import UserError
@@ -77,11 +77,11 @@ def ablate(ablation: Ablation, launcher: Launcher, stream: TextIO | None) -> int
     try:
         run_jobs(all_jobs, launcher.run, finished, failures)
     except (Stopped, KeyboardInterrupt):  # while a row was trained, or while one was measured
-        _say(stream, "stopped; the same command continues where it was")
+        say(stream, "stopped; the same command continues where it was")
         return EXIT_STOPPED
     _write(ablation, all_jobs, measures, failures)
     for label, reason in failures.reasons.items():
-        _say(stream, f"failed: row {label}: {reason}")
+        say(stream, f"failed: row {label}: {reason}")
     return EXIT_FAILED if failures.reasons else EXIT_DONE
 
 
@@ -134,8 +134,3 @@ def _cpu_name() -> str:
         lines = []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.machine()
-
-
-def _say(stream: TextIO | None, text: str) -> None:
-    if stream is not None:
-        print(text, file=stream, flush=True)

@@ -57,7 +57,7 @@ class Launcher(NamedTuple):
             Stopped: SIGINT or SIGTERM came; the job has had them, too.
         """
         log = self.logs / f"{job.name.replace(' ', '-')}.log"
-        self._say(f"{job.name}: running, log in {log}")
+        say(self.stream, f"{job.name}: running, log in {log}")
         started = time.monotonic()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +70,8 @@ class Launcher(NamedTuple):
         if code == 0 and job.marks:
             job.marker.parent.mkdir(parents=True, exist_ok=True)
             job.marker.write_text("")
-        self._say(f"{job.name}: {time.monotonic() - started:.0f} s, exit code {code}")
+        say(self.stream, f"{job.name}: {time.monotonic() - started:.0f} s, exit code {code}")
         return None if code == 0 and job.is_done else f"{job.name}: {_reason(log, code)}"
-
-    def _say(self, text: str) -> None:
-        if self.stream is not None:
-            print(text, file=self.stream, flush=True)
 
 
 class Failures:
@@ -147,8 +143,7 @@ def adopt_teachers(scale: Scale, output: Path, stream: TextIO | None) -> None:
         for file in _TEACHER_FILES:
             shutil.copy(training.found_at / file, staging)
         staging.rename(target)
-        if stream is not None:
-            print(f"teacher {name}: taken from {training.found_at}", file=stream)
+        say(stream, f"teacher {name}: taken from {training.found_at}")
 
 
 def _is_same(training: Training, output: Path) -> bool:
@@ -227,3 +222,9 @@ def _reason(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     told = [line for line in lines if line.startswith("error") or "Error: " in line]
     return f"{told[-1] if told else f'exit code {code}'} (log: {log})"
+
+
+def say(stream: TextIO | None, text: str) -> None:
+    """Write a line where somebody wants to read it; None: nobody does."""
+    if stream is not None:
+        print(text, file=stream, flush=True)
