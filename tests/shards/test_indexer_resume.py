@@ -39,16 +39,6 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(tmp_path, monkeypatc
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
-def test_a_run_that_was_killed_before_its_first_record_begins_again(tmp_path):
-    for name in ("whole", "killed"):
-        three_tars(tmp_path / name)
-    index(tmp_path / "whole")
-    (tmp_path / "killed" / "train.indexing").mkdir()
-    (tmp_path / "killed" / "train.indexing" / ".made_by.json.host-1.tmp").write_bytes(b"half")
-    index(tmp_path / "killed")
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
-
-
 def test_a_tar_that_changed_before_the_run_continued_is_indexed_again(tmp_path, monkeypatch):
     three_tars(tmp_path)
     counted(monkeypatch, stop_after=2)

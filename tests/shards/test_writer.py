@@ -346,17 +346,3 @@ def test_a_part_leaves_the_temporary_files_of_others_alone(tmp_path):
         path.touch()
     write_part(job, MachineShare(2, 2), 0, no_progress)
     assert [path.exists() for path in own + others] == [False, False, True, True]
-
-
-def test_a_second_machine_finds_the_folder_that_another_made_meanwhile(tmp_path, monkeypatch):
-    """It looked for the folder before the other machine made it and wrote its first shard."""
-    original = resumable.create_folder
-
-    def another_is_faster(path, fill):
-        monkeypatch.setattr(resumable, "create_folder", original)
-        write_part(digits_job(tmp_path), MachineShare(1, 2), 0, no_progress)
-        original(path, fill)
-
-    monkeypatch.setattr(resumable, "create_folder", another_is_faster)
-    write_part(digits_job(tmp_path), MachineShare(2, 2), 0, no_progress)
-    assert finish_split(digits_job(tmp_path)).num_samples == 60
