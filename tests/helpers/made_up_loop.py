@@ -1,8 +1,8 @@
 """The training loop beside an engine, a clock and a loader that are made up: one process, no DeepSpeed launch."""
 
+import functools
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,32 +21,33 @@ from hdscale.types import BadSample, Batch, LossTerms
 MICRO_BATCH = 4
 
 
-class Plan(NamedTuple):
-    """What the loop is to do, and the figures that its log takes from elsewhere."""
-
-    schedule: Schedule
-    start_step: int
-    end_step: int
-    accumulation: int
-    global_batch_size: int
-    num_samples: int
-    seed: int
-    flops_per_image: float | None
-    peak_flops: float | None
+SHORT, LONG = Schedule(total_steps=5, warmup_steps=1, peak_lr=0.5, min_lr=0.25), Schedule(100, 0, 0.5, 0.25)
 
 
-PLAN = Plan(
-    schedule=Schedule(total_steps=5, warmup_steps=1, peak_lr=0.5, min_lr=0.25),
-    start_step=0,
-    end_step=5,
-    accumulation=2,
-    global_batch_size=32,
-    num_samples=100,
-    seed=7,
-    flops_per_image=2.0**30,
-    peak_flops=2.0**40,
-)
-LONG = PLAN._replace(schedule=Schedule(100, 0, 0.5, 0.25), end_step=100, accumulation=1)
+def short_run(*, schedule=SHORT, start_step=0, end_step=None, accumulation=2, seed=7, log=1, save=1000, keep=3):
+    """Return a run of five steps, which logs and saves every so many; its folder is the loop's."""
+    recipe = SimpleNamespace(
+        run=RunConfig(seed=seed),
+        optim=OptimConfig(global_batch_size=32),
+        schedule=ScheduleConfig(stop_after=end_step),
+        log=LogConfig(every_steps=log),
+        checkpoint=CheckpointConfig(every_steps=save, keep=keep),
+    )
+    return Run(
+        recipe,
+        ds_config={},
+        folder=None,
+        shards=SimpleNamespace(num_samples=100),
+        schedule=schedule,
+        accumulation=accumulation,
+        precision="fp32",
+        fingerprints={"data": "digest", "view seed": 3},
+        checkpoint=SimpleNamespace(step=start_step) if start_step else None,
+        allow_change=(),
+    )
+
+
+long_run = functools.partial(short_run, schedule=LONG, accumulation=1)
 
 
 class Weight(nn.Parameter):
@@ -155,34 +156,16 @@ class Loop:
         self.asked += 1
         return self.asked == self.stop_after
 
-    def train(self, plan=PLAN, *, ranks=(0, 1), log=1, save=1000, keep=3, is_writing=True):
+    def train(self, run=None, *, ranks=(0, 1), is_writing=True, flops_per_image=2.0**30, peak_flops=2.0**40):
+        run = (run or short_run())._replace(folder=self.folder)
         self.monkeypatch.setattr(meter, "time", self)
         self.monkeypatch.setattr(meter, "watch_collectives", lambda: self)
-        self.monkeypatch.setattr(meter, "peak_flops", lambda *_: plan.peak_flops)
+        self.monkeypatch.setattr(meter, "peak_flops", lambda *_: peak_flops)
         self.monkeypatch.setattr(loop_module, "_quarantine", lambda _: self)
-        self.engine.accumulation = plan.accumulation
-        recipe = SimpleNamespace(
-            run=RunConfig(seed=plan.seed),
-            optim=OptimConfig(global_batch_size=plan.global_batch_size),
-            schedule=ScheduleConfig(stop_after=plan.end_step),
-            log=LogConfig(every_steps=log),
-            checkpoint=CheckpointConfig(every_steps=save, keep=keep),
-        )
-        run = Run(
-            recipe,
-            ds_config={},
-            folder=self.folder,
-            shards=SimpleNamespace(num_samples=plan.num_samples),
-            schedule=plan.schedule,
-            accumulation=plan.accumulation,
-            precision="fp32",
-            fingerprints={"data": "digest", "view seed": 3},
-            checkpoint=SimpleNamespace(step=plan.start_step) if plan.start_step else None,
-            allow_change=(),
-        )
+        self.engine.accumulation = run.accumulation
         ranks = Ranks(*ranks, 0, torch.device("cpu"))
         session = Session(
-            run, ranks, self.engine, lambda batch: (batch.images, "targets"), flops_per_image=plan.flops_per_image
+            run, ranks, self.engine, lambda batch: (batch.images, "targets"), flops_per_image=flops_per_image
         )
         return train(session, self.batches(), self if is_writing else None, self.progress, self)
 

@@ -11,11 +11,11 @@ from hdscale.errors import UserError
 from hdscale.runs.checkpoint import newest_checkpoint, open_checkpoint
 from hdscale.training.loop import to_device
 from hdscale.types import Batch
-from tests.helpers.made_up_loop import LONG, PLAN
+from tests.helpers.made_up_loop import long_run, short_run
 
 
 def test_a_step_is_forward_backward_of_the_total_and_step_for_every_micro_batch(loop):
-    assert loop.train(PLAN._replace(end_step=1)) == 1
+    assert loop.train(short_run(end_step=1)) == 1
     kinds = [entry[0] for entry in loop.engine.diary]
     assert kinds == ["forward", "backward", "step"] * 2
     (_, images, targets), (_, total), *_ = loop.engine.diary
@@ -29,7 +29,7 @@ def test_a_step_is_forward_backward_of_the_total_and_step_for_every_micro_batch(
 def test_checkpoints_are_there_while_the_run_goes_on_and_only_the_newest_stay(loop):
     seen = []
     loop.before_forward = lambda: seen.append(loop.on_disk())
-    assert loop.train(LONG._replace(end_step=10), save=3, keep=2) == 10
+    assert loop.train(long_run(end_step=10, save=3, keep=2)) == 10
     # What each step finds when it starts.
     assert seen == [[], [], [], [3], [3], [3], [3, 6], [3, 6], [3, 6], [6, 9]]
     assert loop.on_disk() == [9, 10]
@@ -41,7 +41,7 @@ def test_checkpoints_are_there_while_the_run_goes_on_and_only_the_newest_stay(lo
 
 
 def test_a_checkpoint_says_where_the_run_was(loop):
-    loop.train(PLAN._replace(end_step=3))
+    loop.train(short_run(end_step=3))
     assert newest_checkpoint(loop.folder).state == {
         "step": 3,
         "cursor": 96,
@@ -54,14 +54,14 @@ def test_a_checkpoint_says_where_the_run_was(loop):
 
 def test_steps_that_were_skipped_are_no_steps_of_the_optimizer(loop):
     loop.engine.overflows = {2, 3}
-    loop.train(LONG._replace(end_step=5))
+    loop.train(long_run(end_step=5))
     state = newest_checkpoint(loop.folder).state
     assert (state["step"], state["optimizer_step"]) == (5, 3)
     assert [line["skipped_steps"] for line in loop.lines] == [12, 13, 14, 14, 14]
 
 
 def test_every_rank_saves_its_own_share(four_ranks, loop):
-    loop.train(PLAN._replace(start_step=3), ranks=(2, 4), keep=7)
+    loop.train(short_run(start_step=3, keep=7), ranks=(2, 4))
     ((state, settings),) = four_ranks
     assert settings == {"rank": 2, "world_size": 4, "keep": 7}
     assert (state["step"], state["cursor"]) == (5, 160)
@@ -69,7 +69,7 @@ def test_every_rank_saves_its_own_share(four_ranks, loop):
 
 def test_a_stop_ends_the_run_after_the_step_with_a_line_and_a_checkpoint(loop):
     loop.stop_after = 3
-    assert loop.train(log=100, save=2) == 3
+    assert loop.train(short_run(log=100, save=2)) == 3
     assert loop.asked == 3
     assert loop.on_disk() == [2, 3]
     assert [line["step"] for line in loop.lines] == [3]
@@ -78,13 +78,13 @@ def test_a_stop_ends_the_run_after_the_step_with_a_line_and_a_checkpoint(loop):
 def test_too_many_bad_samples_end_the_run_with_a_checkpoint_of_the_step_that_met_them(loop):
     loop.bad_from = 4
     with pytest.raises(UserError, match="too many by step 4"):
-        loop.train(LONG, log=2, save=5)
+        loop.train(long_run(log=2, save=5))
     assert loop.on_disk() == [4]
     assert loop.gathered == [2, 4]
 
 
 def test_ranks_share_bad_samples_where_they_log_or_save_and_nowhere_else(loop):
-    loop.train(LONG._replace(end_step=10), log=4, save=3)
+    loop.train(long_run(end_step=10, log=4, save=3))
     assert loop.gathered == [3, 4, 6, 8, 9, 10]
     assert [line["step"] for line in loop.lines] == [4, 8, 10]
     assert loop.counts.count(1) == 10
@@ -102,32 +102,32 @@ def test_the_weights_of_every_step_move_at_its_rate(loop):
 def test_a_resumed_run_takes_the_rates_of_its_steps(new_loop):
     whole, resumed = new_loop("whole"), new_loop("resumed")
     whole.train()
-    resumed.train(PLAN._replace(start_step=3))
+    resumed.train(short_run(start_step=3))
     assert resumed.engine.rates == whole.engine.rates[6:]
     assert [line["samples_seen"] for line in resumed.lines] == [128, 160]
 
 
-def seeds(loop, plan=PLAN, rank=0):
-    loop.train(plan, ranks=(rank, 4))
+def seeds(loop, run=None, rank=0):
+    loop.train(run, ranks=(rank, 4))
     return loop.engine.seeds
 
 
 @pytest.mark.usefixtures("four_ranks")
 def test_no_two_micro_steps_or_ranks_or_runs_draw_alike_and_a_resumed_run_draws_as_before(new_loop):
     first, last = seeds(new_loop()), seeds(new_loop(), rank=3)
-    other = seeds(new_loop(), PLAN._replace(seed=8))
+    other = seeds(new_loop(), short_run(seed=8))
     assert len({*first, *last, *other}) == 30
-    assert seeds(new_loop(), PLAN._replace(start_step=2), rank=3) == last[4:]
+    assert seeds(new_loop(), short_run(start_step=2), rank=3) == last[4:]
 
 
 def test_ranks_that_write_nothing_reduce_as_often_as_the_one_that_writes(new_loop, monkeypatch):
     calls = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: calls.append(tensor.shape))
     loop = new_loop("first")
-    loop.train(log=2)
+    loop.train(short_run(log=2))
     wanted = calls.copy()
     silent = new_loop("other")
-    silent.train(log=2, is_writing=False)
+    silent.train(short_run(log=2), is_writing=False)
     assert calls == 2 * wanted
     assert len(wanted) == 3
     assert silent.notes == silent.lines == []
@@ -135,14 +135,14 @@ def test_ranks_that_write_nothing_reduce_as_often_as_the_one_that_writes(new_loo
 
 def test_thirty_skipped_steps_in_a_row_are_survived_and_a_good_one_starts_the_count_anew(loop):
     loop.engine.overflows = {*range(1, 31), *range(32, 62)}
-    assert loop.train(LONG._replace(end_step=62)) == 62
+    assert loop.train(long_run(end_step=62)) == 62
     assert loop.engine.skipped_steps == 12 + 60
 
 
 def test_the_thirty_first_skipped_step_in_a_row_ends_the_run(loop):
     loop.engine.overflows = {2, *range(4, 100)}
     with pytest.raises(FloatingPointError, match=r"31 steps in a row .*lower optim\.lr.*last checkpoint"):
-        loop.train(LONG)
+        loop.train(long_run())
     assert loop.engine.micro_steps == 34
     assert loop.on_disk() == []
 

@@ -9,7 +9,7 @@ import torch
 from hdscale.engine.ranks import Ranks
 from hdscale.training import meter
 from hdscale.training.meter import peak_memory_gb
-from tests.helpers.made_up_loop import LONG, PLAN
+from tests.helpers.made_up_loop import long_run, short_run
 
 
 def test_a_line_of_the_log_has_these_figures(four_ranks, loop, monkeypatch):
@@ -18,7 +18,7 @@ def test_a_line_of_the_log_has_these_figures(four_ranks, loop, monkeypatch):
         return SimpleNamespace(ru_maxrss=2_000_000)  # KiB
 
     monkeypatch.setattr(meter.resource, "getrusage", getrusage)
-    assert loop.train(ranks=(0, 4), log=4) == 5
+    assert loop.train(short_run(log=4), ranks=(0, 4)) == 5
     first, last = loop.lines
     # Eight micro-steps of half a second, a quarter of it waiting and an eighth in collectives, 4 pictures on each of
     # 4 ranks: 128 in 4 seconds.
@@ -50,14 +50,14 @@ def test_a_line_of_the_log_has_these_figures(four_ranks, loop, monkeypatch):
 @pytest.mark.parametrize("unknown", ["flops_per_image", "peak_flops"])
 def test_utilisation_is_unknown_where_one_of_its_parts_is(unknown, loop):
     loop.engine.norm = None
-    loop.train(PLAN._replace(end_step=1, **{unknown: None}))
+    loop.train(short_run(end_step=1), **{unknown: None})
     (line,) = loop.lines
     assert (line["mfu"], line["grad_norm"]) == (None, None)
 
 
 def test_a_checkpoint_takes_no_part_in_the_figures_of_the_next_line(loop):
     # Saved before step 4 is logged, and along with it; saving moves gigabytes and takes minutes.
-    loop.train(LONG._replace(end_step=8), log=4, save=3)
+    loop.train(long_run(end_step=8, log=4, save=3))
     for line in loop.lines:
         assert (line["images_per_second"], line["data_wait"], line["communication"]) == (8.0, 0.25, 0.125)
         assert line["sent_gb"] == 0.0015
@@ -76,7 +76,7 @@ def test_a_checkpoint_takes_no_part_in_the_figures_of_the_next_line(loop):
 )
 def test_the_progress_says_what_takes_more_than_half_of_the_time(waiting, computing, communicating, limit, loop):
     loop.waiting, loop.computing, loop.communicating = waiting, computing, communicating
-    loop.train(PLAN._replace(end_step=1))
+    loop.train(short_run(end_step=1))
     assert loop.notes == [f"loss 1.5000, 4.0 images/s{limit}"]
 
 
