@@ -1,13 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
 
 from hdscale.config.loading import load_recipe
 from hdscale.config.sections import OptimConfig
 from hdscale.distiller import build_distiller
 from hdscale.engine.ranks import resolve_precision
 from hdscale.engine.zero import parameter_groups, student_ds_config
-from hdscale.engine.zero_state import _owners
+from hdscale.engine.zero_state import gather_shard
 from hdscale.errors import UserError
 from hdscale.types import TeacherShapes
 
@@ -157,9 +160,26 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert resolve_precision("fp32", cuda) == "fp32"
 
 
+class Whole(nn.Parameter):
+    """A parameter that DeepSpeed finds whole, with moments like its weight."""
+
+    _hp_mapping = "there is one"
+
+    def get_full_hp_param(self, optim_state_key=None):
+        return self.detach()
+
+
+def shares(sizes, world_size):
+    """Return the names of the parameters that each rank saves."""
+    parameters = nn.ParameterDict({name: Whole(torch.zeros(size)) for name, size in sizes.items()})
+    engine = SimpleNamespace(module=parameters)
+    return [{name.partition("/")[2] for name in gather_shard(engine, rank, world_size)} for rank in range(world_size)]
+
+
 def test_checkpoint_shares_are_balanced_and_do_not_depend_on_the_order_of_names():
     sizes = {"a": 9, "b": 5, "c": 4, "d": 1, "e": 1}
-    owners = _owners(sizes, 2)
-    assert owners == _owners(dict(reversed(sizes.items())), 2)
-    assert [sum(sizes[name] for name, owner in owners.items() if owner == rank) for rank in (0, 1)] == [10, 10]
-    assert set(_owners(sizes, 8).values()) == {0, 1, 2, 3, 4}
+    of_two = shares(sizes, 2)
+    assert of_two == shares(dict(reversed(sizes.items())), 2)
+    assert [sum(sizes[name] for name in share) for share in of_two] == [10, 10]
+    assert set.union(*of_two) == sizes.keys()
+    assert [len(share) for share in shares(sizes, 8)] == [1, 1, 1, 1, 1, 0, 0, 0]
