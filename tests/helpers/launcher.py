@@ -14,7 +14,6 @@ from hdscale.cluster.launcher import deepspeed_command, free_port, launch_enviro
 from hdscale.provenance import ROOT
 
 LIMIT = 1200.0  # seconds: only ends a hang, on whatever machine
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def deepspeed(script, *words, ranks):
@@ -73,7 +72,7 @@ def is_running(pid):
 def unlaunched(monkeypatch):
     """No launcher has started this process, and what it launches finds this checkout."""
     wanted = environment()
-    for name in RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ.keys() - wanted.keys():  # those by which a process knows that it is a rank
+        monkeypatch.delenv(name)
     for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
         monkeypatch.setenv(name, wanted[name])
