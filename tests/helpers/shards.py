@@ -29,21 +29,26 @@ def digits(digit_folder):
 def damaged(digit_folder, tmp_path):
     """Open a copy of the digits and spoil some samples then, as happens while training runs."""
 
-    def spoil(sample_ids):
+    def opened(sample_ids):
         shards = open_shards(shutil.copytree(digit_folder, tmp_path / "shards"), "train")
-        for sample_id in sample_ids:
-            record = shards.index[sample_id]
-            with (shards.folder / shards.manifest.shards[record["shard"]].name).open("r+b") as file:
-                file.seek(int(record["offset"]) + 40)
-                file.write(b"damage")
+        spoil(shards, sample_ids)
         return shards
 
-    return spoil
+    return opened
 
 
 @pytest.fixture
 def view_config():
     return DataConfig(img_size=8, workers=0, window_shards=4)
+
+
+def spoil(shards, sample_ids):
+    """Overwrite some bytes of samples in the middle of their pictures: sizes and headers stay."""
+    for sample_id in sample_ids:
+        record = shards.index[sample_id]
+        with (shards.folder / shards.manifest.shards[record["shard"]].name).open("r+b") as file:
+            file.seek(int(record["offset"]) + 40)
+            file.write(b"damage")
 
 
 def write_source(source, folder: Path, settings: SplitSettings, workers=0, listing=None):

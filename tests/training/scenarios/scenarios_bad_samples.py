@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from hdscale.data.index import open_shards
 from hdscale.errors import UserError
+from tests.helpers.shards import spoil
 from tests.helpers.whole_runs import BAD, STOP
 from tests.training.scenarios.lab import DROP_PATH, REPLICATED
 
@@ -18,7 +19,7 @@ def damaged(lab):
     for name, ids in (("few", BAD), ("many", [*BAD, *MORE_BAD])):
         if lab.ranks.is_first:
             shutil.copytree(lab.folder / "shards", lab.folder / name)
-            _spoil(open_shards(lab.folder / name, "train"), ids)
+            spoil(open_shards(lab.folder / name, "train"), ids)
         dist.barrier()
     every = [*REPLICATED, DROP_PATH, "mask.source=online", "data.max_bad_fraction=0.05"]  # 3 of 60
     few, many = (f"data.shards={lab.folder / name}" for name in ("few", "many"))
@@ -36,11 +37,3 @@ def damaged(lab):
     dist.barrier()
     codes.append(lab.distill("damaged-many", 2, *every, many))
     return {"codes": codes, "errors": errors, "latest": latest}
-
-
-def _spoil(shards, ids):
-    for sample_id in ids:
-        record = shards.index[sample_id]
-        with (shards.folder / shards.manifest.shards[record["shard"]].name).open("r+b") as file:
-            file.seek(int(record["offset"]) + 40)
-            file.write(b"damage")
