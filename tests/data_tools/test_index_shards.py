@@ -16,6 +16,7 @@ from data_tools.index_shards import main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
 from tests.helpers.files import content
+from tests.helpers.launcher import until_ended
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,7 +105,7 @@ def kill_when(folder, process, reached):
     children = psutil.Process(process.pid).children(recursive=True) if running else []
     process.kill()
     process.wait()
-    psutil.wait_procs(children)  # workers end with their parent
+    until_ended(children)  # workers end with their parent
     return running
 
 

@@ -14,6 +14,7 @@ from data_tools.make_shards import main
 from hdscale.cli import EXIT_STOPPED, EXIT_USER_ERROR, exit_code
 from hdscale.data.index import open_shards
 from tests.helpers.files import content
+from tests.helpers.launcher import until_ended
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +108,7 @@ def test_a_killed_run_continues_to_the_same_bytes(pictures, tmp_path):
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    psutil.wait_procs(children)  # workers end with their parent
+    until_ended(children)  # workers end with their parent
 
     assert not (tmp_path / "parts" / "train.manifest.json").exists()
     assert len(list((tmp_path / "parts").glob("train-*.tar"))) == 9

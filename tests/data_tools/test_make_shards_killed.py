@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data_tools.make_shards import main
+from tests.helpers.launcher import until_ended
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PICTURES = 400
@@ -64,7 +65,7 @@ def kill_at_chosen_moments(begin, written, staged, goals):
         workers = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        psutil.wait_procs(workers)
+        until_ended(workers)
 
 
 def test_ten_kills_change_no_byte(undisturbed, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
@@ -66,6 +67,14 @@ def is_running(pid):
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def until_ended(processes):
+    """Wait for processes that end by themselves; kill those that do not, and fail."""
+    _, left = psutil.wait_procs(processes, timeout=LIMIT)
+    for process in left:
+        process.kill()
+    assert not left, f"waited in vain for the end of {left}"
 
 
 @pytest.fixture
