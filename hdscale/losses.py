@@ -16,7 +16,7 @@ TARGET_EPS = 1e-6
 def token_relation(
     query: Tensor,
     key: Tensor,
-    scale: Literal["scaled", "raw", "softmax"] = "scaled",
+    scale: Literal["scaled", "raw", "softmax", "centred"] = "scaled",
     heads: Literal["per_head", "merged"] = "per_head",
 ) -> Tensor:
     """Relate every token to every other: R = QK^T (Eq. 2).
@@ -25,7 +25,7 @@ def token_relation(
         query: (B, A, S, E) of S tokens, prefix tokens included or not, any floating type.
         key: (B, A, S, E).
         scale: `raw` is QK^T itself, `scaled` divides it by the root of the summed width, `softmax` then normalises each
-            row (TinyMIM).
+            row (TinyMIM), and `centred` takes off each row's mean instead: a constant along a row changes no attention.
         heads: `merged` sums QK^T over the heads, which is the product over the full width A * E.
 
     Returns:
@@ -40,6 +40,8 @@ def token_relation(
         if scale != "raw":
             query = query / math.sqrt(query.shape[-1])
         relation = query @ key.transpose(-2, -1)  # (B, A or 1, S, S)
+        if scale == "centred":
+            return relation - relation.mean(dim=-1, keepdim=True)
         return relation.softmax(dim=-1) if scale == "softmax" else relation
 
 

@@ -16,7 +16,7 @@ B, A, S, E, T = 2, 2, 4, 3, 5
 STEP = 1e-6
 RELATIONS = [
     (scale, heads, loss, beta)
-    for scale, heads in product(("scaled", "raw", "softmax"), ("per_head", "merged"))
+    for scale, heads in product(("scaled", "raw", "softmax", "centred"), ("per_head", "merged"))
     for loss, beta in (("smooth_l1", 0.1), ("smooth_l1", 2.0), ("kl", 2.0))
     if loss == "smooth_l1" or scale == "softmax"
 ]
@@ -36,6 +36,8 @@ def relation_of(query, key, scale, heads):
     if scale == "raw":
         return product_of_heads
     logits = product_of_heads / width**0.5
+    if scale == "centred":
+        return logits - logits.mean(-1, keepdim=True)
     return logits if scale == "scaled" else logits.exp() / logits.exp().sum(-1, keepdim=True)
 
 

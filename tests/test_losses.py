@@ -31,6 +31,8 @@ def reference_relation(query, key, scale, heads):
         out, e = out.sum(axis=1, keepdims=True), a * e
     if scale != "raw":
         out = out / np.sqrt(e)
+    if scale == "centred":
+        return out - np.array([[[[row.sum() / s] for row in head] for head in image] for image in out])
     return softmax(out) if scale == "softmax" else out
 
 
@@ -48,7 +50,7 @@ def assert_close(ours, reference):
 
 
 @pytest.mark.parametrize("heads", ["per_head", "merged"])
-@pytest.mark.parametrize("scale", ["scaled", "raw", "softmax"])
+@pytest.mark.parametrize("scale", ["scaled", "raw", "softmax", "centred"])
 def test_relations_equal_loops_in_float64(scale, heads):
     query, key = randn(B, A, S, E, seed=1), randn(B, A, S, E, seed=2)
     ours = token_relation(query, key, scale, heads)
@@ -57,8 +59,19 @@ def test_relations_equal_loops_in_float64(scale, heads):
     assert_close(ours, reference_relation(query.double().numpy(), key.double().numpy(), scale, heads))
 
 
+def test_centred_relations_see_what_attention_sees_and_no_more():
+    """A vector that all keys have in common adds a constant to each row, which no softmax over the row can see."""
+    query, key = randn(B, A, S, E, seed=1), randn(B, A, S, E, seed=2)
+    shifted = key + randn(1, A, 1, E, seed=5)
+    for scale, rtol in (("centred", 1e-4), ("softmax", 1e-4)):
+        torch.testing.assert_close(
+            token_relation(query, key, scale), token_relation(query, shifted, scale), rtol=rtol, atol=1e-5
+        )
+    assert not torch.allclose(token_relation(query, key), token_relation(query, shifted), atol=0.1)
+
+
 @pytest.mark.parametrize("heads", ["per_head", "merged"])
-@pytest.mark.parametrize("scale", ["scaled", "raw", "softmax"])
+@pytest.mark.parametrize("scale", ["scaled", "raw", "softmax", "centred"])
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 def test_relation_loss_and_its_gradients_equal_a_derivation_by_hand(beta, scale, heads):
     query, key = randn(B, A, S, E, seed=1).requires_grad_(), randn(B, A, S, E, seed=2).requires_grad_()
@@ -71,6 +84,8 @@ def test_relation_loss_and_its_gradients_equal_a_derivation_by_hand(beta, scale,
     value, gradient = reference_smooth_l1(relation, teacher.double().numpy(), beta)
     if scale == "softmax":
         gradient = relation * (gradient - (gradient * relation).sum(-1, keepdims=True))
+    if scale == "centred":
+        gradient = gradient - gradient.mean(-1, keepdims=True)
     if scale != "raw":
         gradient = gradient / np.sqrt(E if heads == "per_head" else A * E)
     gradient = np.broadcast_to(gradient, (B, A, S, S))

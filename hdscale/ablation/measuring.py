@@ -10,6 +10,7 @@ import torch
 
 from hdscale.ablation.jobs import RowJobs
 from hdscale.analysis.curves import AttentionCurves
+from hdscale.config.loading import ENVIRONMENT_FILE
 from hdscale.evaluation.accuracy import Accuracy
 from hdscale.evaluation.candidates import Candidate, student_candidate, teacher_candidate
 from hdscale.evaluation.held_out import open_held_out
@@ -82,7 +83,7 @@ def _measure(row_jobs: RowJobs, train_samples: int | None, device: torch.device,
         decoder = load_decoder(trained.recipe.student, candidate.model, trained.weights)
         steps = [line["flops_per_image"] for line in read_metrics(row_jobs.folder) if line.get("flops_per_image")]
         gflops = steps[-1] / 1e9 if steps else None
-        environment = json.loads((row_jobs.folder / "environment.json").read_text())
+        environment = json.loads((row_jobs.folder / ENVIRONMENT_FILE).read_text())
     recipe = row_jobs.recipe
     held_out = open_held_out(recipe.data, recipe.evaluation, train_samples=train_samples)
     features = held_out_features(candidate, held_out, device, stream)

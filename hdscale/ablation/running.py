@@ -21,11 +21,11 @@ import psutil
 from hdscale.ablation.jobs import Job, RowJobs
 from hdscale.ablation.scales import OUTPUT, Scale, Training
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
-from hdscale.config.loading import RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
+from hdscale.config.loading import ENVIRONMENT_FILE, RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
 from hdscale.errors import UserError
 from hdscale.provenance import ROOT
 
-_TEACHER_FILES = (RECIPE_FILE, "environment.json", "encoder.safetensors", "DONE")
+_TEACHER_FILES = (RECIPE_FILE, ENVIRONMENT_FILE, "encoder.safetensors", "DONE")
 _STOP_SECONDS = 120.0
 """For a checkpoint of a large student to be written."""
 

@@ -13,10 +13,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from hdscale.config.history import bears_on_result, with_earlier_meaning
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 
 RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+"""Beside the recipe in a run folder: versions and devices."""
 
 # Fields that may differ between the starts of one run: they change where things lie, how fast they go or what is
 # written down, not which numbers come out. (The data, masks and teachers behind the paths have digests of their own.)
@@ -46,36 +49,24 @@ def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Reci
     """Read a recipe and apply `key=value` overrides.
 
     Args:
-        path: YAML file; None for the defaults alone.
+        path: YAML file; None for the defaults alone. Of a recipe that lies in a run folder, fields that it lacks mean
+            what they meant to the version that wrote it; of any other, they have today's defaults.
         overrides: `section.field=value`, the value in YAML; `feature_teacher=null` removes a section.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, or a value that breaks a rule.
     """
-    values = {} if path is None else _read_yaml(path)
-    sources: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"argument {override!r} must be key=value, such as optim.lr=3e-4")
-        _set(values, key.split("."), _parse_value(override, text))
-        sources = {k: argument for k, argument in sources.items() if not k.startswith(key + ".")}
-        sources[key] = override
-    recipe = _validate(values, "the arguments" if path is None else str(path), sources)
-    if not recipe.run.name:
-        name = path.stem if path is not None else "default"
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": name})})
-    return recipe
+    return _load(path, overrides, of_a_run=path is not None and _is_of_a_run(path))
 
 
 def load_run_recipe(run_folder: Path) -> Recipe:
-    """Read the resolved recipe that a run wrote into its folder."""
+    """Read the resolved recipe that a run wrote into its folder; fields it lacks mean what they meant then."""
     path = run_folder / RECIPE_FILE
     if not path.is_file():
         raise UserError(
             f"{run_folder} is not a run folder: it has no {RECIPE_FILE}; give one that launch/train.py wrote"
         )
-    return load_recipe(path)
+    return _load(path, (), of_a_run=True)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -89,7 +80,9 @@ def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     return [
         (field, before.get(field), after.get(field))
         for field in sorted(before.keys() | after.keys())
-        if before.get(field) != after.get(field) and not is_allowed(field, _FREE_FIELDS)
+        if before.get(field) != after.get(field)
+        and not is_allowed(field, _FREE_FIELDS)
+        and (bears_on_result(field, old) or bears_on_result(field, new))
     ]
 
 
@@ -123,6 +116,30 @@ def flat_fields(values: typing.Mapping[str, Any], prefix: str = "") -> dict[str,
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _load(path: Path | None, overrides: typing.Sequence[str], *, of_a_run: bool) -> Recipe:
+    values = {} if path is None else _read_yaml(path)
+    if of_a_run:
+        values = with_earlier_meaning(values)
+    sources: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {override!r} must be key=value, such as optim.lr=3e-4")
+        _set(values, key.split("."), _parse_value(override, text))
+        sources = {k: argument for k, argument in sources.items() if not k.startswith(key + ".")}
+        sources[key] = override
+    recipe = _validate(values, "the arguments" if path is None else str(path), sources)
+    if not recipe.run.name:
+        name = path.stem if path is not None else "default"
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": name})})
+    return recipe
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Tell whether a recipe was written by a run, which writes all fields there are, beside what it ran on."""
+    return path.name == RECIPE_FILE and (path.parent / ENVIRONMENT_FILE).is_file()
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -93,8 +93,15 @@ class StudentConfig(Section):
     depth: int | None = Field(default=None, ge=1)
     num_heads: int | None = Field(default=None, ge=1)
     mlp_ratio: float | None = Field(default=None, gt=0)
+    init: Literal["mae", "timm", "fd"] = "mae"
+    """Initial weights. `mae`: Xavier uniform in each Linear and the patch embedding, class and mask tokens of deviation
+    0.02 (MAE, dBOT). `timm`: the library's own. `fd`: deviation 0.02 cut off at one deviation, and the last Linears of
+    attention and MLP divided by the root of twice their block's number (FD)."""
     drop_path: float = Field(default=0.2, ge=0, lt=1)
     """Stochastic depth of the last block, rising linearly from 0 (dBOT: 0.2 for B and L)."""
+    drop_path_per: Literal["sample", "rank"] = "sample"
+    """What decides which branches are left out. `sample`: the sample's place in the run, so that any number of ranks
+    and any micro-batch drop the same. `rank`: the step, the rank and its micro-step."""
     decoder: Literal["linear", "identity", "transformer"] = "linear"
     """Head from student to teacher width, removed at export; `identity` needs equal widths (paper, B.3: no decoder).
     `transformer`: blocks before the Linear, the asymmetric decoder of Section 2 (dBOT, MAE)."""
@@ -203,14 +210,18 @@ class RelationConfig(Section):
 
     layers: tuple[int, ...] = (-3, -2)
     """Blocks, 0-indexed, negative from the end: the two before the last (Eq. 3; Table 7's "10,11" of 12)."""
-    scale: Literal["scaled", "raw", "softmax"] = "scaled"
-    """`scaled`: QK^T / sqrt(E); `raw`: Eq. 2 to the letter; `softmax`: attention probabilities (TinyMIM)."""
+    scale: Literal["scaled", "raw", "softmax", "centred"] = "scaled"
+    """`scaled`: QK^T / sqrt(E); `raw`: Eq. 2 to the letter; `softmax`: attention probabilities (TinyMIM). `centred`:
+    `scaled` less the mean of each row, which attention cannot see."""
     heads: Literal["per_head", "merged"] = "per_head"
     """`merged` sums over heads, which is the full-width QK^T and takes unequal head counts."""
     cls: Literal["include", "exclude"] = "include"
     """Keep the class token's row and column when student and teacher both have one."""
     loss: Literal["smooth_l1", "kl"] = "smooth_l1"
     """Paper: smooth L1; `kl` needs `scale: softmax` (TinyMIM)."""
+    token_head: Literal["norm_linear", "width"] = "norm_linear"
+    """What the student's tokens of `target` attention or features go through. `norm_linear`: a norm and a Linear, as
+    those of the feature term. `width`: a Linear where widths differ, or nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -232,6 +243,8 @@ class MaskConfig(Section):
     """`progressive`: share kept at each stage; 0.7 three times is 66 of 196."""
     keep_ratio: Fraction = 0.35
     """`random` and `direct`: share kept."""
+    random_per: Literal["epoch", "view"] = "epoch"
+    """`random`: an image's mask is drawn anew in each epoch, or once for each of its views."""
     layers: tuple[int, ...] | None = None
     """`progressive`: blocks, 0-indexed, at which tokens are dropped; left out: 0, L/3 and 2L/3 (Section 4.1)."""
     at: Literal["output", "input"] = "output"
@@ -288,6 +301,9 @@ class LossConfig(Section):
     """Smooth L1's change from square to line (dBOT, FD)."""
     target_norm: Literal["layer_norm", "none"] = "layer_norm"
     """Standardise each target token without affine parameters (dBOT, FD)."""
+    cls: Literal["include", "exclude"] = "include"
+    """The class token in the feature term, as one more token of the mean (dBOT, FD); where student or teacher has none,
+    it is left out."""
     features_on: Literal["kept", "hidden", "all"] = "kept"
     """Patches at which features are compared. `hidden`: the dropped ones (dBOT, MAE, SimMIM); it and `all` need
     `student.mask_tokens` where there is a mask."""
@@ -339,6 +355,8 @@ class LogConfig(Section):
 
     every_steps: int = Field(default=20, ge=1)
     """Optimizer steps between lines of metrics.jsonl; losses are means over them."""
+    gradient_norms_every: int = Field(default=0, ge=0)
+    """Optimizer steps between measurements of what each term of Eq. 1 asks of the student; 0: none."""
 
 
 class EvaluationConfig(Section):

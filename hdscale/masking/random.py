@@ -1,4 +1,4 @@
-"""Random masks (Table 8) that need no store: a pure function of seed, view and sample."""
+"""Random masks (Table 8) that need no store: a pure function of seed, epoch or view, and sample."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from hdscale.hashing import hash64
 
 _STREAM = 0x6D61736B
-"""Keeps these hashes apart from those that the views draw of the same seed, view and sample."""
+"""Keeps these hashes apart from those that the views draw of the same seed, number and sample."""
 
 
 def random_keep_indices(
-    sample_ids: np.ndarray | Tensor, views: int | np.ndarray | Tensor, num_patches: int, num_keep: int, seed: int
+    sample_ids: np.ndarray | Tensor, numbers: int | np.ndarray | Tensor, num_patches: int, num_keep: int, seed: int
 ) -> Tensor:
     """Keep the patches whose hashes rank lowest.
 
     Args:
         sample_ids: (B,) rows of the index.
-        views: the augmented view of each sample: (B,), or one for all.
+        numbers: what a sample's masks differ by, its epoch or its augmented view: (B,), or one for all.
         num_patches: N.
         num_keep: K.
         seed: the run's seed.
@@ -29,7 +29,7 @@ def random_keep_indices(
     """
     assert 1 <= num_keep <= num_patches, f"cannot keep {num_keep} of {num_patches} patches"
     samples = np.asarray(torch.as_tensor(sample_ids).cpu())
-    view_of_each = np.broadcast_to(np.asarray(torch.as_tensor(views).cpu()), samples.shape)
-    ranks = hash64(seed, _STREAM, view_of_each[:, None], samples[:, None], np.arange(num_patches))  # (B, N)
+    number_of_each = np.broadcast_to(np.asarray(torch.as_tensor(numbers).cpu()), samples.shape)
+    ranks = hash64(seed, _STREAM, number_of_each[:, None], samples[:, None], np.arange(num_patches))  # (B, N)
     order = np.argsort(ranks, axis=1, kind="stable")
     return torch.from_numpy(np.sort(order[:, :num_keep], axis=1).astype(np.int64))

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from hdscale.config.loading import RECIPE_FILE, changed_fields, dump_recipe, is_allowed, load_run_recipe
+from hdscale.config.loading import (
+    ENVIRONMENT_FILE,
+    RECIPE_FILE,
+    changed_fields,
+    dump_recipe,
+    is_allowed,
+    load_run_recipe,
+)
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 from hdscale.provenance import source_digest, versions
@@ -45,7 +52,7 @@ def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any],
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (folder / "environment.json").write_text(json.dumps(_environment(world_size), indent=2) + "\n")
+        (folder / ENVIRONMENT_FILE).write_text(json.dumps(_environment(world_size), indent=2) + "\n")
     except OSError as error:
         raise _unwritable(folder, error) from error
 

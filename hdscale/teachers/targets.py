@@ -80,7 +80,8 @@ class TeacherPair:
             return None
         if mask.strategy == "random":
             num_keep = num_kept(self.num_patches, mask.keep_ratio)
-            indices = random_keep_indices(batch.sample_ids, batch.views, self.num_patches, num_keep, self.seed)
+            drawn_for = batch.epochs if mask.random_per == "epoch" else batch.views
+            indices = random_keep_indices(batch.sample_ids, drawn_for, self.num_patches, num_keep, self.seed)
             return indices.to(batch.images.device)
         assert batch.keep_indices is not None, "the loader reads stored masks"
         return batch.keep_indices

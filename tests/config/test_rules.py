@@ -65,6 +65,7 @@ BOUNDS = {
     "checkpoint.every_steps": (["1"], ["0"]),
     "checkpoint.keep": (["1"], ["0"]),
     "log.every_steps": (["1"], ["0"]),
+    "log.gradient_norms_every": (["0"], ["-1"]),
     "evaluation.neighbors": (["1"], ["0"]),
     "evaluation.attention_images": (["1"], ["0"]),
     "pretrain.mask_ratio": (["0.01", "0.99"], ["0", "1"]),

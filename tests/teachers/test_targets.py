@@ -131,12 +131,14 @@ def test_the_relation_teacher_gives_tokens_of_its_layers(source, target, cls, ti
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_random_masks_are_those_of_sample_view_and_seed(tiny_config, images):
-    mask = MaskConfig(strategy="random", keep_ratio=0.25)
+@pytest.mark.parametrize("random_per", ["epoch", "view"])
+def test_random_masks_are_those_of_seed_sample_and_its_epoch_or_view(random_per, tiny_config, images):
+    mask = MaskConfig(strategy="random", keep_ratio=0.25, random_per=random_per)
     feature, _ = teachers(tiny_config, mask)
-    batch = batch_of(images)
+    batch = batch_of(images)._replace(epochs=torch.tensor([4, 5, 4, 5, 6, 7]), views=torch.tensor([0, 1, 0, 1, 2, 3]))
     targets = pair_of(feature, None, mask)(batch)
-    assert torch.equal(targets.keep_indices, random_keep_indices(batch.sample_ids, batch.views, 16, 4, 7))
+    numbers = getattr(batch, f"{random_per}s")
+    assert torch.equal(targets.keep_indices, random_keep_indices(batch.sample_ids, numbers, 16, 4, 7))
     assert targets.features.shape == (6, 4, 48)
     assert targets.relations == ()
 
