@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -9,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hdscale.ablation.scales import OUTPUT, Scale
+from hdscale.ablation.scales import OUTPUT, Scale, Training
 from hdscale.ablation.table import Row, Table
-from hdscale.config.loading import load_recipe
+from hdscale.config.history import bears_on_result
+from hdscale.config.loading import RECIPE_FILE, changed_fields, flat_fields, load_recipe, load_run_recipe
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
 
@@ -89,6 +92,22 @@ def check_overrides(overrides: Sequence[str], scale: Scale, table: Table) -> Non
             )
 
 
+def teacher_recipe(training: Training, output: Path) -> Recipe:
+    """Return the recipe by which a teacher of an ablation in `output` is trained."""
+    return load_recipe(training.recipe, _texts(training.overrides, output))
+
+
+def teacher_folder(name: str, training: Training, output: Path) -> Path:
+    """Return where a teacher is trained: `teachers/NAME`, or another folder if what lies there has another recipe.
+
+    An earlier version's teacher stays, and its students with it; rows of today get one of today's.
+    """
+    folder, recipe = output / "teachers" / name, teacher_recipe(training, output)
+    if (folder / RECIPE_FILE).is_file() and changed_fields(load_run_recipe(folder), recipe):
+        return folder.with_name(f"{name}-{_run_digest(recipe, output)}")
+    return folder
+
+
 class JobBuilder:
     """Finds the jobs of rows; the same recipe gets the same run folder, whatever row or table it stands in."""
 
@@ -144,13 +163,29 @@ class JobBuilder:
     def _run_folder(self, row: Row, recipe: Recipe, seed: int) -> Path:
         """Return the folder that a row, maybe another table's, has given this recipe, or a new one's name."""
         output = self._settings.output
-        values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run": True, "mask": {"store"}})
-        ending = f"{_digest(values | _precision(recipe), output)}-seed{seed}"
+        ending = f"{_run_digest(recipe, output)}-seed{seed}"
         if ending not in self._folders:
             there = sorted((output / "runs").glob(f"*-{ending}"))
+            folder = there[0] if there else self._folders_by_recipe.get(ending)
             name = f"{self._settings.table.key}-{row.key}-{ending}"
-            self._folders[ending] = there[0] if there else output / "runs" / name
+            self._folders[ending] = folder or output / "runs" / name
         return self._folders[ending]
+
+    @functools.cached_property
+    def _folders_by_recipe(self) -> dict[str, Path]:
+        """Find run folders by what their recipes mean: earlier versions ended names otherwise.
+
+        Of several that mean the same, one that is done, then the first by name.
+        """
+        found: dict[str, Path] = {}
+        runs = sorted((self._settings.output / "runs").glob(f"*/{RECIPE_FILE}"))
+        for file in sorted(runs, key=lambda file: not (file.parent / "DONE").is_file()):
+            with contextlib.suppress(UserError):  # whatever it is, it is no row of today
+                recipe = load_run_recipe(file.parent)
+                # Teachers lie beside it, in what its ablation was called when it was started.
+                ending = f"{_run_digest(recipe, Path(recipe.run.root).parent)}-seed{recipe.run.seed}"
+                found.setdefault(ending, file.parent)
+        return found
 
     def _resolve(self, overrides: Iterable[str], seed: int) -> tuple[list[str], list[Job]]:
         """Replace words by what they stand for; list the jobs that have to be done for it."""
@@ -161,7 +196,7 @@ class JobBuilder:
                 text, needed = self._look_up(word[1], word[2], seed)
                 jobs += [job for job in needed if job not in jobs]
             found.append(f"{key}{equals}{text}")
-        return self._texts(found), jobs
+        return _texts(found, self._settings.output), jobs
 
     def _look_up(self, word: str, of: str | None, seed: int) -> tuple[str, list[Job]]:
         table, scale, _, _ = self._settings
@@ -178,14 +213,20 @@ class JobBuilder:
 
     def _teacher(self, name: str) -> tuple[str, list[Job]]:
         """Return a teacher's section as YAML, and the job that makes its file, where hdscale makes it."""
-        scale, folder = self._settings.scale, self._settings.output / "teachers"
+        scale, output = self._settings.scale, self._settings.output
         section = scale.teachers[name]
         jobs = []
         for trained, training in scale.trained.items():
             if f"/teachers/{trained}/" in section:
-                overrides = [*self._texts(training.overrides), f"run.root={folder}", f"run.name={trained}"]
+                folder = teacher_folder(trained, training, output)
+                section = section.replace(f"/teachers/{trained}/", f"/teachers/{folder.name}/")
+                overrides = [
+                    *_texts(training.overrides, output),
+                    f"run.root={folder.parent}",
+                    f"run.name={folder.name}",
+                ]
                 arguments = ("--method", training.method, "--recipe", str(training.recipe), *overrides)
-                jobs.append(Job(trained, "launch/pretrain_teacher.py", arguments, folder / trained / "DONE"))
+                jobs.append(Job(folder.name, "launch/pretrain_teacher.py", arguments, folder / "DONE"))
         return section, jobs
 
     def _shards(self) -> list[Job]:
@@ -196,8 +237,9 @@ class JobBuilder:
         marker = output / "shards.done"
         return [Job("shards", "data_tools/make_shards.py", arguments, marker, on_ranks=False, marks=True)]
 
-    def _texts(self, overrides: Iterable[str]) -> list[str]:
-        return [override.replace(OUTPUT, str(self._settings.output)) for override in overrides]
+
+def _texts(overrides: Iterable[str], output: Path) -> list[str]:
+    return [override.replace(OUTPUT, str(output)) for override in overrides]
 
 
 def _last_of_each(overrides: Sequence[str]) -> list[str]:
@@ -207,10 +249,17 @@ def _last_of_each(overrides: Sequence[str]) -> list[str]:
 
 
 def _mask_digest(recipe: Recipe, output: Path) -> str:
-    mask = recipe.mask.model_dump(mode="json", exclude={"store", "source"})
+    mask = recipe.mask.model_dump(mode="json", exclude={"store", "source", "random_per"})  # random ones are not stored
     teacher = None if recipe.relation_teacher is None else recipe.relation_teacher.model_dump(mode="json")
     data = recipe.data.model_dump(mode="json")
     return _digest({"mask": mask, "relation_teacher": teacher, "data": data, **_precision(recipe)}, output)
+
+
+def _run_digest(recipe: Recipe, output: Path) -> str:
+    """Digest all that decides a run, defaults as well: one that changes must not leave a row's name as it was."""
+    values = flat_fields(recipe.model_dump(mode="json", exclude={"run": True, "mask": {"store"}}))
+    bearing = {field: value for field, value in values.items() if bears_on_result(field, recipe)}
+    return _digest(bearing | _precision(recipe), output)
 
 
 def _precision(recipe: Recipe) -> dict[str, str]:

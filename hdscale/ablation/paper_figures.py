@@ -1,12 +1,15 @@
-"""Figures 1 to 3, 5 and 7 to 9 of the paper: curves over layers, of which it prints no numbers."""
+"""Figures 1 to 3 and 5 to 9 of the paper: curves over layers, of which it prints no numbers."""
 
 from __future__ import annotations
 
 from hdscale.ablation.table import Row, Table
 
 _DIRECT = ("relation_teacher=null", "mask.strategy=none")
+_MASKED = ("mask.strategy=progressive", "mask.stage_keep_ratio=0.7")
 _NO_DECODER, _LINEAR = ("student.decoder=identity",), ("student.decoder=linear",)
 _SHALLOW = ("student.decoder_depth=2",)
+_STUDENT_WIDTH = ("student.decoder_dim=768", "student.decoder_heads=12")
+_DBOT_WIDTH = ("student.decoder_dim=512", "student.decoder_heads=16")
 _EPOCHS = "schedule.epochs=@ablation"
 _RECONSTRUCTION = (  # Section 2.4: mask tokens go through the encoder, and a linear head follows
     "mask.strategy=random",
@@ -17,6 +20,10 @@ _RECONSTRUCTION = (  # Section 2.4: mask tokens go through the encoder, and a li
 _FD = ("student.rel_pos_bias=true", "student.pos_embed=none", "student.layer_scale=0.1")
 _SHALLOW_NOTE = "A decoder of 2 layers instead of 8, for a student of 4 instead of 12."
 _DEPTH_NOTE = "The paper does not say how many layers this decoder has; here 8, dBOT's."
+_WIDTH_NOTE = (
+    "The paper does not say how wide this decoder is; here as wide as the student, with as many heads (ViT-B: 768 and "
+    "12)."
+)
 _TEACHER_NOTE = "The paper does not name the teacher of this figure; here DeiT, as in Figure 2(a)."
 _RATIO_NOTE = "The paper does not say how many tokens are hidden in the reconstruction; here 60 %, SimMIM's."
 
@@ -36,6 +43,7 @@ def _decoders(teacher: str, name: str, panel: str) -> tuple[Row, ...]:
             f"({panel}) {name}, transformer",
             (*shared, *_decoder(8)),
             demo=_SHALLOW,
+            full=_STUDENT_WIDTH,
             against=against,
         ),
     )
@@ -54,7 +62,7 @@ PAPER_FIGURES = (
             *_decoders("clip", "CLIP", "c"),
         ),
         base=(_EPOCHS, *_DIRECT),
-        notes=(_DEPTH_NOTE,),
+        notes=(_DEPTH_NOTE, _WIDTH_NOTE),
         demo_notes=(_SHALLOW_NOTE,),
     ),
     Table(
@@ -69,7 +77,7 @@ PAPER_FIGURES = (
             ),
         ),
         base=(_EPOCHS, *_DIRECT),
-        notes=(_DEPTH_NOTE, _RATIO_NOTE),
+        notes=(_DEPTH_NOTE, _WIDTH_NOTE, _RATIO_NOTE),
         demo_notes=(_SHALLOW_NOTE,),
     ),
     Table(
@@ -78,12 +86,12 @@ PAPER_FIGURES = (
         "direct",
         (
             Row("deit", "DeiT", model="@deit"),
-            Row("transformer", "(a) transformer decoder", _decoder(8), demo=_SHALLOW),
+            Row("transformer", "(a) transformer decoder", _decoder(8), demo=_SHALLOW, full=_STUDENT_WIDTH),
             Row("direct", "(b) direct distillation", _LINEAR),
             Row("reconstruction", "(b) mask reconstruction", (*_LINEAR, *_RECONSTRUCTION)),
         ),
         base=(_EPOCHS, "feature_teacher=@deit", *_DIRECT),
-        notes=(_TEACHER_NOTE, _DEPTH_NOTE, _RATIO_NOTE),
+        notes=(_TEACHER_NOTE, _DEPTH_NOTE, _WIDTH_NOTE, _RATIO_NOTE),
         demo_notes=(_SHALLOW_NOTE,),
     ),
     Table(
@@ -93,10 +101,24 @@ PAPER_FIGURES = (
         (
             Row("mae", "MAE", model="@mae"),
             Row("clip", "CLIP", model="@clip"),
-            Row("hybrid", "Hybrid Distill", ("mask.strategy=progressive", "mask.stage_keep_ratio=0.7")),
+            Row("hybrid", "Hybrid Distill", _MASKED),
         ),
         base=("schedule.epochs=@main", "feature_teacher=@clip", "relation_teacher=@mae"),
         notes=("The attention pictures of panel (c) are not made here.",),
+    ),
+    Table(
+        "fig6",
+        "average head distance of (a) the DINO baseline, (b) Hybrid Distill with MAE and DINO as teachers",
+        "distill-dino",
+        (
+            Row("mae", "MAE", model="@mae"),
+            Row("dino", "(a) DINO", model="@dino"),
+            Row("distill-dino", "Distill-DINO", ("feature_teacher=@dino", *_DIRECT)),
+            Row("distill-mae", "Distill-MAE", ("feature_teacher=@mae", *_DIRECT)),
+            Row("hybrid", "(b) Hybrid Distill", ("feature_teacher=@dino", "relation_teacher=@mae", *_MASKED)),
+        ),
+        base=("schedule.epochs=@main",),
+        notes=("The paper has panels (a) and (b) alone; the other curves are those of Table 11's other rows.",),
     ),
     Table(
         "fig7",
@@ -115,7 +137,7 @@ PAPER_FIGURES = (
         "direct",
         (
             Row("deit", "DeiT", model="@deit"),
-            Row("direct", "(a) direct distillation", demo=_SHALLOW),
+            Row("direct", "(a) direct distillation", demo=_SHALLOW, full=_DBOT_WIDTH),
             Row(
                 "reconstruction",
                 "(b) mask reconstruction",
@@ -126,10 +148,11 @@ PAPER_FIGURES = (
                     "loss.features_on=hidden",
                 ),
                 demo=_SHALLOW,
+                full=_DBOT_WIDTH,
             ),
         ),
-        base=(_EPOCHS, "feature_teacher=@deit", *_DIRECT, *_decoder(8)),
-        notes=(_TEACHER_NOTE, "One stage of dBOT."),
+        base=(_EPOCHS, "feature_teacher=@deit", "feature_teacher.target=pre_norm", *_DIRECT, *_decoder(8)),
+        notes=(_TEACHER_NOTE, "One stage of dBOT, with dBOT's decoder and its target before the final norm."),
         demo_notes=(_SHALLOW_NOTE,),
     ),
     Table(
@@ -139,11 +162,11 @@ PAPER_FIGURES = (
         (
             Row("deit", "DeiT", model="@deit"),
             *(
-                Row(f"decoder-{depth}", f"({panel}) {depth} decoder layers", _decoder(depth))
+                Row(f"decoder-{depth}", f"({panel}) {depth} decoder layers", _decoder(depth), full=_STUDENT_WIDTH)
                 for depth, panel in ((1, "a"), (4, "b"), (8, "c"))
             ),
         ),
         base=(_EPOCHS, "feature_teacher=@deit", *_DIRECT),
-        notes=(_TEACHER_NOTE,),
+        notes=(_TEACHER_NOTE, _WIDTH_NOTE),
     ),
 )

@@ -12,8 +12,13 @@ _MASKED = ("mask.strategy=progressive", "mask.stage_keep_ratio=0.7")
 _DEIT_AND_MAE = ("feature_teacher=@deit", "relation_teacher=@mae")
 _CLIP_AND_MAE = ("feature_teacher=@clip", "relation_teacher=@mae")
 _ABLATION, _MAIN = "schedule.epochs=@ablation", "schedule.epochs=@main"
-_FD = ("student.rel_pos_bias=true", "student.pos_embed=none", "student.layer_scale=0.1")
-_FD_TRAINING = ("data.crop_scale=[0.08,1.0]", "optim.betas=[0.9,0.999]", "schedule.min_lr=1.0e-5")
+_FD = ("student.init=fd", "student.rel_pos_bias=true", "student.pos_embed=none", "student.layer_scale=0.1")
+_FD_TRAINING = (
+    "data.crop_scale=[0.08,1.0]",
+    "optim.betas=[0.9,0.999]",
+    "schedule.warmup_epochs=10",
+    "schedule.min_lr=1.0e-5",
+)
 _DBOT = (
     "mask.strategy=random",
     "mask.keep_ratio=0.25",

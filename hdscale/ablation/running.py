@@ -18,10 +18,10 @@ from typing import NamedTuple, TextIO
 
 import psutil
 
-from hdscale.ablation.jobs import Job, RowJobs
-from hdscale.ablation.scales import OUTPUT, Scale, Training
+from hdscale.ablation.jobs import Job, RowJobs, teacher_folder, teacher_recipe
+from hdscale.ablation.scales import Scale, Training
 from hdscale.cluster.launcher import deepspeed_command, free_port, launch_environment
-from hdscale.config.loading import ENVIRONMENT_FILE, RECIPE_FILE, changed_fields, load_recipe, load_run_recipe
+from hdscale.config.loading import ENVIRONMENT_FILE, RECIPE_FILE, changed_fields, load_run_recipe
 from hdscale.errors import UserError
 from hdscale.provenance import ROOT
 
@@ -135,10 +135,10 @@ def listing(all_jobs: Sequence[RowJobs], launcher: Launcher) -> str:
 def adopt_teachers(scale: Scale, output: Path, stream: TextIO | None) -> None:
     """Copy teachers that an earlier `make demo` has trained by the same recipe, instead of training them again."""
     for name, training in scale.trained.items():
-        target = output / "teachers" / name
+        target = teacher_folder(name, training, output)
         if training.found_at is None or target.exists() or not _is_same(training, output):
             continue
-        staging = target.with_name(f".{name}.{os.getpid()}.tmp")
+        staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         staging.mkdir(parents=True)
         for file in _TEACHER_FILES:
             shutil.copy(training.found_at / file, staging)
@@ -150,8 +150,7 @@ def _is_same(training: Training, output: Path) -> bool:
     found = training.found_at
     if found is None or not all((found / file).is_file() for file in _TEACHER_FILES):
         return False
-    overrides = [override.replace(OUTPUT, str(output)) for override in training.overrides]
-    return not changed_fields(load_run_recipe(found), load_recipe(training.recipe, overrides))
+    return not changed_fields(load_run_recipe(found), teacher_recipe(training, output))
 
 
 def _wait(command: list[str], env: dict[str, str], log: TextIO, *, has_ranks: bool) -> int:

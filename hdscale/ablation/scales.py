@@ -33,7 +33,7 @@ class Scale(NamedTuple):
     epochs: Mapping[str, str]
     ranks: int
     on_cpu: bool
-    stores_masks: bool
+    stores_masks: bool  # in the ablation's folder, where rows have `mask.source: store`
     shards: tuple[str, ...] = ()  # arguments of data_tools/make_shards.py; empty: they are the user's
     train_samples: int | None = None  # that k-NN and probe learn from
     notes: tuple[str, ...] = ()
@@ -105,11 +105,16 @@ _B_IN1K = Scale(
             (
                 "data.shards=shards/imagenet100",
                 "data.views=fresh",
+                "student.init=mae",
                 "student.drop_path=0",
                 "feature_teacher=null",
                 "relation_teacher=null",
                 "mask.strategy=none",
+                # MAE's: 1.5e-4 per 256 images, and gradients as they are.
+                "optim.lr=6.0e-4",
+                "optim.clip=0",
                 "schedule.epochs=100",
+                "schedule.warmup_epochs=40",
             ),
         )
     },

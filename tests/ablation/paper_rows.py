@@ -5,6 +5,7 @@ A recipe is written here by its dotted fields, teachers by their names in TEACHE
 
 # What every row has in common, unless it says otherwise (Equation 3, Section 4.1).
 COMMON = {
+    "student.init": "mae",  # dBOT
     "student.decoder": "linear",
     "student.decoder_depth": 8,
     "student.decoder_dim": None,
@@ -17,10 +18,16 @@ COMMON = {
     "relation_teacher": None,
     "relation.target": "relation",
     "relation.layers": (-3, -2),
+    "relation.scale": "scaled",
+    "relation.heads": "per_head",
+    "relation.token_head": "norm_linear",
     "mask.strategy": "none",
     "mask.keep_ratio": 0.35,
     "mask.stage_keep_ratio": 0.7,
+    "mask.random_per": "epoch",  # dBOT, MAE
+    "mask.source": "online",
     "loss.alpha": 1.0,
+    "loss.cls": "include",  # dBOT, FD
     "loss.features_on": "kept",
 }
 
@@ -50,18 +57,21 @@ def decoder(teacher, kind, **more):
     return alone(teacher, 100, student__decoder=kind, **more)
 
 
-def transformer(depth):
-    return decoder("deit", "transformer", student__decoder_depth=depth)
+def transformer(teacher, depth=8, width=768, heads=12, **more):
+    sizes = {"decoder_depth": depth, "decoder_dim": width, "decoder_heads": heads}
+    return decoder(teacher, "transformer", **{f"student__{name}": size for name, size in sizes.items()}, **more)
 
 
 def fd(teacher, drop_path):
     settings = {
+        "student.init": "fd",
         "student.rel_pos_bias": True,
         "student.pos_embed": "none",
         "student.layer_scale": 0.1,
         "student.drop_path": drop_path,
         "data.crop_scale": (0.08, 1.0),
         "optim.betas": (0.9, 0.999),
+        "schedule.warmup_epochs": 10,
         "schedule.min_lr": 1e-5,
     }
     return alone(teacher, 300) | settings
@@ -82,6 +92,7 @@ def dbot(teacher):
     return alone(teacher, 150) | settings  # two stages of half the epochs
 
 
+DBOT_TARGET = {"feature_teacher__target": "pre_norm"}
 RECONSTRUCTION = {
     "mask__strategy": "random",
     "mask__keep_ratio": 0.4,
@@ -196,16 +207,16 @@ ROWS = {
         ("clip", "(a) CLIP", None, "deit-none", {"feature_teacher": "clip"}),
         ("deit-none", "(b) DeiT, no decoder", None, "deit-none", decoder("deit", "identity")),
         ("deit-linear", "(b) DeiT, linear", None, "deit-none", decoder("deit", "linear")),
-        ("deit-transformer", "(b) DeiT, transformer", None, "deit-none", decoder("deit", "transformer")),
+        ("deit-transformer", "(b) DeiT, transformer", None, "deit-none", transformer("deit")),
         ("clip-none", "(c) CLIP, no decoder", None, "clip-none", decoder("clip", "identity")),
         ("clip-linear", "(c) CLIP, linear", None, "clip-none", decoder("clip", "linear")),
-        ("clip-transformer", "(c) CLIP, transformer", None, "clip-none", decoder("clip", "transformer")),
+        ("clip-transformer", "(c) CLIP, transformer", None, "clip-none", transformer("clip")),
     ],
     "fig2": [
         ("deit", "DeiT", None, "deit-none", {"feature_teacher": "deit"}),
         ("deit-none", "(a) DeiT, no decoder", None, "deit-none", decoder("deit", "identity")),
         ("deit-linear", "(a) DeiT, linear", None, "deit-none", decoder("deit", "linear")),
-        ("deit-transformer", "(a) DeiT, transformer", None, "deit-none", decoder("deit", "transformer")),
+        ("deit-transformer", "(a) DeiT, transformer", None, "deit-none", transformer("deit")),
         (
             "reconstruction",
             "(c) DeiT, mask reconstruction",
@@ -216,7 +227,7 @@ ROWS = {
     ],
     "fig3": [
         ("deit", "DeiT", None, "direct", {"feature_teacher": "deit"}),
-        ("transformer", "(a) transformer decoder", None, "direct", decoder("deit", "transformer")),
+        ("transformer", "(a) transformer decoder", None, "direct", transformer("deit")),
         ("direct", "(b) direct distillation", None, "direct", decoder("deit", "linear")),
         (
             "reconstruction",
@@ -231,6 +242,13 @@ ROWS = {
         ("clip", "CLIP", None, "hybrid", {"feature_teacher": "clip"}),
         ("hybrid", "Hybrid Distill", None, "hybrid", masked("clip", 300)),
     ],
+    "fig6": [  # its panels are (a) and (b); the others are Table 11's
+        ("mae", "MAE", None, "distill-dino", {"feature_teacher": "mae"}),
+        ("dino", "(a) DINO", None, "distill-dino", {"feature_teacher": "dino"}),
+        ("distill-dino", "Distill-DINO", None, "distill-dino", alone("dino", 300)),
+        ("distill-mae", "Distill-MAE", None, "distill-dino", alone("mae", 300)),
+        ("hybrid", "(b) Hybrid Distill", None, "distill-dino", masked("dino", 300)),
+    ],
     "fig7": [
         ("deit", "(a) DeiT", None, "symmetric", {"feature_teacher": "deit"}),
         ("symmetric", "(b) symmetric encoder", None, "symmetric", alone("deit", 100)),
@@ -244,15 +262,18 @@ ROWS = {
     ],
     "fig8": [
         ("deit", "DeiT", None, "direct", {"feature_teacher": "deit"}),
-        ("direct", "(a) direct distillation", None, "direct", decoder("deit", "transformer")),
+        ("direct", "(a) direct distillation", None, "direct", transformer("deit", 8, 512, 16, **DBOT_TARGET)),
         (
             "reconstruction",
             "(b) mask reconstruction",
             None,
             "direct",
-            decoder(
+            transformer(
                 "deit",
-                "transformer",
+                8,
+                512,
+                16,
+                **DBOT_TARGET,
                 mask__strategy="random",
                 mask__keep_ratio=0.25,
                 student__mask_tokens="decoder",
@@ -262,9 +283,9 @@ ROWS = {
     ],
     "fig9": [
         ("deit", "DeiT", None, "decoder-1", {"feature_teacher": "deit"}),
-        ("decoder-1", "(a) 1 decoder layers", None, "decoder-1", transformer(1)),
-        ("decoder-4", "(b) 4 decoder layers", None, "decoder-1", transformer(4)),
-        ("decoder-8", "(c) 8 decoder layers", None, "decoder-1", transformer(8)),
+        ("decoder-1", "(a) 1 decoder layers", None, "decoder-1", transformer("deit", 1)),
+        ("decoder-4", "(b) 4 decoder layers", None, "decoder-1", transformer("deit", 4)),
+        ("decoder-8", "(c) 8 decoder layers", None, "decoder-1", transformer("deit", 8)),
     ],
 }
 HEADINGS = {
@@ -282,6 +303,9 @@ HEADINGS = {
     "fig2": "Figure 2: NMI of (a) various decoders, (b) encoder and decoder, (c) mask feature reconstruction",
     "fig3": "Figure 3: average head distance of (a) encoder and decoder, (b) mask feature reconstruction",
     "fig5": "Figure 5: head distance and NMI of Hybrid Distill with MAE and CLIP teachers",
+    "fig6": (
+        "Figure 6: average head distance of (a) the DINO baseline, (b) Hybrid Distill with MAE and DINO as teachers"
+    ),
     "fig7": (
         "Figure 7: average head distance of (a) DeiT and of students with (b) symmetric and (c) asymmetric encoder"
     ),
@@ -315,5 +339,6 @@ NOT_ON_THE_DEMO = (
     "student.decoder_heads",
     "data.crop_scale",
     "optim.betas",
+    "schedule.warmup_epochs",
     "schedule.min_lr",
 )

@@ -83,7 +83,8 @@ def test_a_table_is_trained_measured_written_and_continued(tmp_path, capsys):
     [
         (
             ["14"],
-            "table must be one of 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, fig1, fig2, fig3, fig5, fig7, fig8, fig9, got 14",
+            "table must be one of 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, fig1, fig2, fig3, fig5, fig6, fig7, fig8, fig9, "
+            "got 14",
         ),
         (["8", "--rows", "none,all"], "--rows: table 8 has no row 'all'; its rows are none, random, direct, "),
         (["8", "--seeds", "0"], "--seeds must be at least 1, got 0"),
@@ -133,6 +134,7 @@ def test_the_paper_s_scale_lists_masks_and_training_without_data_or_network(tmp_
         "--seeds",
         "2",
         "--dry-run",
+        *("data.views=4", "mask.source=store"),
     ]
     assert exit_code(main, command) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -9,7 +9,7 @@ from hdscale.config.loading import flat_fields
 from hdscale.config.recipe import Recipe
 
 REAL = SCALES["b-in1k"]
-TABLE = Table("x", "one row", "row", (Row("row", "Row"),))
+TABLE = Table("x", "one row", "row", (Row("row", "Row"),), ("data.views=4", "mask.source=store"))
 # One other value per field.
 NEW_MASKS = {
     "data.shards": "elsewhere",
@@ -44,7 +44,9 @@ OLD_MASKS = {
     "student.depth": "6",
     "student.num_heads": "6",
     "student.mlp_ratio": "2",
+    "student.init": "timm",
     "student.drop_path": "0.1",
+    "student.drop_path_per": "rank",
     "student.decoder": "transformer",
     "student.rel_pos_bias": "true",
     "student.layer_scale": "0.1",
@@ -66,6 +68,7 @@ OLD_MASKS = {
     "loss.alpha": "0.5",
     "loss.beta": "1.0",
     "loss.target_norm": "none",
+    "loss.cls": "exclude",
     "optim.global_batch_size": "512",
     "optim.micro_batch_size": "64",
     "optim.lr": "1e-3",
@@ -80,6 +83,7 @@ OLD_MASKS = {
     "checkpoint.every_steps": "100",
     "checkpoint.keep": "1",
     "log.every_steps": "10",
+    "log.gradient_norms_every": "5",
     "evaluation.split": "test",
     "evaluation.neighbors": "20",
     "evaluation.attention_images": "32",
@@ -96,6 +100,7 @@ TOGETHER = {
     "student.decoder_heads": ("student.decoder=transformer", "student.decoder_heads=16"),
     "student.mask_tokens": ("student.decoder=transformer", "student.mask_tokens=decoder"),
     "student.pos_embed": ("student.rel_pos_bias=true", "student.pos_embed=none"),
+    "relation.token_head": ("relation.target=features", "relation.token_head=width"),
     "relation.loss": ("relation.scale=softmax", "relation.loss=kl"),
     "loss.features_on": ("student.mask_tokens=encoder", "loss.features_on=hidden"),
 }
@@ -106,7 +111,8 @@ NOT_IN_NAMES = (
     "mask.store",
     "run.rendezvous_seconds",
 )
-ELSEWHERE = ("run.precision", "mask.source", "mask.in_teacher", "targets.source")  # below, or there is one value
+# Below, or there is one value.
+ELSEWHERE = ("run.precision", "mask.source", "mask.in_teacher", "mask.random_per", "targets.source")
 
 
 def names(output, *overrides, table=TABLE, scale=REAL):
@@ -149,6 +155,12 @@ def test_precision_gives_masks_and_run_new_folders(tmp_path):
     assert masks != names(tmp_path)[1]
     # Which is no other name where it says what it would be anyway: folders of earlier versions are found again.
     assert names(tmp_path, "run.precision=auto", "run.rendezvous_seconds=60") == names(tmp_path)
+
+
+def test_how_often_random_masks_are_drawn_is_in_the_names_of_runs_that_draw_them(tmp_path):
+    assert names(tmp_path, "mask.random_per=view") == names(tmp_path)
+    drawn = names(tmp_path, "mask.strategy=random")[0]
+    assert names(tmp_path, "mask.strategy=random", "mask.random_per=view")[0] != drawn
 
 
 def test_masks_that_are_made_in_the_step_are_not_stored(tmp_path):

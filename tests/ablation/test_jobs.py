@@ -60,13 +60,14 @@ def test_teachers_and_shards_are_made_once_for_all_rows(tmp_path):
 
 
 def test_masks_are_stored_once_for_rows_that_share_them(tmp_path):
-    jobs = {row_jobs.row.key: row_jobs.jobs for row_jobs in jobs_of(TABLES["13"], REAL, tmp_path)}
+    stored = ("data.views=4", "mask.source=store")
+    jobs = {row_jobs.row.key: row_jobs.jobs for row_jobs in jobs_of(TABLES["13"], REAL, tmp_path, overrides=stored)}
     assert [job.script for job in jobs["deit-100"]] == ["launch/train.py"]
     short, long, clip = (jobs[key][0] for key in ("deit-100-masked", "deit-300-masked", "clip-100-masked"))
     assert short.script == "launch/precompute_masks.py"
     assert short.marker == long.marker == clip.marker
     assert f"mask.store={short.marker.with_suffix('')}" in jobs["clip-100-masked"][1].arguments
-    (other,) = jobs_of(TABLES["8"], REAL, tmp_path, ["progressive-50"])
+    (other,) = jobs_of(TABLES["8"], REAL, tmp_path, ["progressive-50"], overrides=stored)
     assert other.jobs[0].marker != short.marker
 
 

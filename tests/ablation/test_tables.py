@@ -63,7 +63,10 @@ def test_rows_are_the_recipes_of_the_same_name(row, name, tmp_path):
     table, _, key = row.partition("-")
     ours = recipe_of(table, key, "b-in1k", tmp_path)
     theirs = load_recipe(ROOT / f"launch/recipes/{name}.yaml")
-    assert changed_fields(ours, theirs) == []
+    differences = [field for field, *_ in changed_fields(ours, theirs)]
+    if not theirs.mask.chosen_by_teacher:  # nobody forwards images for masks
+        differences = [field for field in differences if field != "mask.images_per_forward"]
+    assert differences == []
 
 
 def test_an_unknown_table_or_row_is_named():
