@@ -32,6 +32,16 @@ def test_tables_share_the_run_of_equal_recipes(tmp_path):
         assert row_jobs.folder != three.folder
 
 
+@pytest.mark.parametrize("scale", [DEMO, REAL], ids=["demo", "b-in1k"])
+def test_figure_6_shows_the_runs_of_table_11(scale, tmp_path):
+    folders = {}
+    for row_jobs in jobs_of(TABLES["11"], scale, tmp_path):
+        folders[row_jobs.row.key] = row_jobs.folder
+        if row_jobs.folder is not None:
+            row_jobs.folder.mkdir(parents=True)
+    assert {row_jobs.row.key: row_jobs.folder for row_jobs in jobs_of(TABLES["fig6"], scale, tmp_path)} == folders
+
+
 def test_equal_rows_of_one_table_are_one_run_for_each_seed(tmp_path):
     all_jobs = jobs_of(TABLES["7"], DEMO, tmp_path, ["1-11", "9-11"], seeds=2)
     assert [row_jobs.seed for row_jobs in all_jobs] == [0, 0, 1, 1]
