@@ -23,7 +23,7 @@ from hdscale.staging import staged
 from hdscale.student.build import Student, student_grid_size
 from hdscale.student.load import load_decoder
 
-_FORMAT = 2
+_FORMAT = 3
 _PARTS = ("knn", "probe", "curves", "decoder_curves")
 
 
@@ -32,8 +32,8 @@ class Measures(NamedTuple):
 
     knn: Accuracy
     probe: Accuracy
-    curves: AttentionCurves  # of every layer of the student, without decoder
-    decoder_curves: AttentionCurves | None  # of every layer of its decoder
+    curves: AttentionCurves  # of every layer and head of the student, without decoder
+    decoder_curves: AttentionCurves | None  # of every layer and head of its decoder
     gflops: float | None  # of a training step per image, teachers included; None: nothing was trained
     images_per_second: float | None  # of training, over all ranks: median of the logged steps
     environment: dict[str, Any] | None  # what the run wrote down
@@ -120,7 +120,8 @@ def _read(file: Path, of: dict[str, Any]) -> Measures | None:
         content["knn"], content["probe"] = (Accuracy(**content[name]) for name in ("knn", "probe"))
         for name in ("curves", "decoder_curves"):
             if content[name] is not None:
-                content[name] = AttentionCurves(*(tuple(content[name][part]) for part in AttentionCurves._fields))
+                layers = [content[name][part] for part in AttentionCurves._fields]
+                content[name] = AttentionCurves(*(tuple(map(tuple, by_head)) for by_head in layers))
         return Measures(**content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

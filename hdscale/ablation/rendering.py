@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from hdscale.ablation.results import Figure, RowResult, difference, pairs, paper_difference
+from hdscale.ablation.results import Figure, Part, RowResult, difference, pairs, paper_difference
 from hdscale.ablation.table import Table
+from hdscale.analysis.curves import OverHeads
 from hdscale.grid import markdown_grid
 
 _NOTHING = "-"
@@ -18,6 +19,8 @@ _FIGURES = {  # name: (how a sentence calls it, its unit, decimals)
     "head_distance": ("head distance", " px", 1),
     "nmi": ("NMI", "", 2),
 }
+_OF_HEADS = ("head_distance", "nmi")
+_PARTS: tuple[Part, ...] = ("curves", "decoder_curves")
 
 
 class Report(NamedTuple):
@@ -38,7 +41,8 @@ def render_markdown(report: Report) -> str:
     lines = [f"# {table.heading}", "", f"`{report.command}`{_made_with(report)}", ""]
     lines += _main_table(report)
     if table.is_figure:
-        lines += ["", *_layer_table(report, "head_distance"), "", *_layer_table(report, "nmi")]
+        for name in _OF_HEADS:
+            lines += ["", *_layer_table(report, name, "mean"), "", *_layer_table(report, name, "deviation")]
     lines += ["", _caption(report), ""]
     lines += [f"- {note}" for note in (*report.notes, *table.notes)]
     if compared := _sentences(report):
@@ -49,12 +53,17 @@ def render_markdown(report: Report) -> str:
 
 
 def render_csv(report: Report) -> str:
-    """Return one line per row, numbers unrounded; accuracies in percent, what is unknown is empty."""
+    """Return one line per row, numbers unrounded; accuracies in percent, what is unknown is empty.
+
+    In the columns `..._by_head` semicolons stand between layers and spaces between heads, seed after seed.
+    """
     text = io.StringIO()
     columns = [column for name in _FIGURES for column in (name, f"{name}_spread", f"{name}_standard_error")]
     header = ["table", "row", "name", "seeds", "paper_ap_box", "paper_ap_mask", "paper_miou", *columns]
     header += ["gflops_per_image", "images_per_second", "head_distance_by_layer", "nmi_by_layer"]
     header += ["head_distance_by_decoder_layer", "nmi_by_decoder_layer", "runs"]
+    # Their cells are long: after all others.
+    header += [f"{name}_by_{head}" for head in ("head", "decoder_head") for name in _OF_HEADS]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for result in report.results:
@@ -70,11 +79,16 @@ def render_csv(report: Report) -> str:
                 result.cost("gflops"),
                 result.cost("images_per_second"),
                 *(
-                    " ".join(f"{value:.6g}" for value in result.by_layer(name, part))
-                    for part in ("curves", "decoder_curves")
-                    for name in ("head_distance", "nmi")
+                    _numbers([layer.mean for layer in result.by_layer(name, part)])
+                    for part in _PARTS
+                    for name in _OF_HEADS
                 ),
                 " ".join(result.folders),
+                *(
+                    "; ".join(_numbers(heads) for heads in result.by_head(name, part))
+                    for part in _PARTS
+                    for name in _OF_HEADS
+                ),
             ]
         )
     return text.getvalue()
@@ -89,28 +103,33 @@ def _main_table(report: Report) -> list[str]:
         *(["paper: AP box", "paper: AP mask"] if has_paper else []),
         *(["paper: mIoU"] if has_miou else []),
     ]
-    header += ["k-NN %", "linear probe %", "head distance px", "NMI", "GFLOP a step and image", "images/s"]
+    header += ["k-NN %", "linear probe %", "head distance px", "px over heads: sd (range)"]
+    header += ["NMI", "NMI over heads: sd (range)", "GFLOP a step and image", "images/s"]
     rows = []
     for result in report.results:
         paper = result.row.paper
         shown = [_NOTHING, _NOTHING, _NOTHING] if paper is None else [_number(value, 1) for value in paper]
         cells = [result.row.name, *shown[: 2 * has_paper], *shown[2 : 2 + has_miou]]
-        cells += [_cell(result.figure(name), decimals) for name, (_, _, decimals) in _FIGURES.items()]
+        for name, (_, _, decimals) in _FIGURES.items():
+            cells.append(_cell(result.figure(name), decimals))
+            if name in _OF_HEADS:
+                cells.append(_heads_cell(result.by_layer(name), decimals))
         cells += [_significant(result.cost("gflops")), _number(result.cost("images_per_second"), 0)]
         rows.append(cells)
     return markdown_grid(header, rows)
 
 
-def _layer_table(report: Report, name: str) -> list[str]:
+def _layer_table(report: Report, name: str, over_heads: Literal["mean", "deviation"]) -> list[str]:
     """Curves over layers, one column per layer; rows of fewer layers have empty cells at the end."""
     called, unit, decimals = _FIGURES[name]
     curves = []
     for result in report.results:
-        curves.append((result.row.name, result.by_layer(name)))
+        curves.append((result.row.name, [getattr(layer, over_heads) for layer in result.by_layer(name)]))
         if decoder := result.by_layer(name, "decoder_curves"):
-            curves.append((f"{result.row.name}: its decoder", decoder))
+            curves.append((f"{result.row.name}: its decoder", [getattr(layer, over_heads) for layer in decoder]))
     depth = max((len(curve) for _, curve in curves), default=0)
-    header = [f"{called}{unit}, layer", *(str(layer) for layer in range(1, depth + 1))]
+    kind = "" if over_heads == "mean" else ", sd over heads"
+    header = [f"{called}{unit}{kind}, layer", *(str(layer) for layer in range(1, depth + 1))]
     return markdown_grid(
         header,
         [
@@ -128,9 +147,11 @@ def _caption(report: Report) -> str:
         if report.seeds > 1
         else "+- is the standard error of the held-out samples (one seed: how far another would be is unknown)"
     )
+    seeds = ": sd is the mean over seeds, the range that of all seeds" if report.seeds > 1 else ""
     return (
-        f"Ours: accuracy on {num} held-out samples, {spread}; head distance and NMI of the last layer; GFLOP with the "
-        "teachers'. The paper's figures are COCO and ADE20K after fine-tuning, which are not measured here."
+        f"Ours: accuracy on {num} held-out samples, {spread}; head distance and NMI of the last layer, mean over "
+        f"heads, and its heads' standard deviation (smallest .. largest){seeds}; GFLOP with the teachers'. "
+        "The paper's figures are COCO and ADE20K after fine-tuning, which are not measured here."
     )
 
 
@@ -173,6 +194,17 @@ def _cell(figure: Figure | None, decimals: int) -> str:
         return _NOTHING
     spread = "" if figure.spread is None else f" +- {figure.spread:.{decimals}f}"
     return f"{figure.mean:.{decimals}f}{spread}"
+
+
+def _heads_cell(layers: Sequence[OverHeads], decimals: int) -> str:
+    if not layers:
+        return _NOTHING
+    _, deviation, smallest, largest = (f"{value:.{decimals}f}" for value in layers[-1])
+    return f"{deviation} ({smallest} .. {largest})"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
 
 
 def _number(value: float | None, decimals: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ from typing import Literal, NamedTuple
 
 from hdscale.ablation.measuring import Measures
 from hdscale.ablation.table import Paper, Row, Table
+from hdscale.analysis.curves import OverHeads, over_heads
 from hdscale.evaluation.accuracy import Difference
+
+Part = Literal["curves", "decoder_curves"]
+"""The student's own layers, or its decoder's."""
 
 
 class Figure(NamedTuple):
@@ -28,7 +33,10 @@ class RowResult(NamedTuple):
     measures: tuple[Measures, ...]  # by seed; empty when the row failed or is not trained yet
 
     def figure(self, name: str) -> Figure | None:
-        """Return `knn` and `probe` in percent, `head_distance` in pixels and `nmi` of the last layer; None: unknown."""
+        """Return one of `knn`, `probe`, `head_distance` and `nmi`; None: unknown.
+
+        The first two are in percent, `head_distance` in pixels; it and `nmi` are of the last layer, means over heads.
+        """
         if not self.measures:
             return None
         values = [_value(measures, name) for measures in self.measures]
@@ -41,15 +49,27 @@ class RowResult(NamedTuple):
         error = spread / math.sqrt(len(values)) if spread > 0 else sampling
         return Figure(mean, spread, error)
 
-    def by_layer(self, name: str, part: Literal["curves", "decoder_curves"] = "curves") -> list[float]:
-        """Return `head_distance` or `nmi` of every layer of the student, or of its decoder, means over seeds."""
-        curves = [getattr(of, name) for measures in self.measures if (of := getattr(measures, part)) is not None]
-        return [statistics.fmean(layer) for layer in zip(*curves, strict=True)]
+    def by_head(self, name: str, part: Part = "curves") -> list[list[float]]:
+        """Return `head_distance` or `nmi` of all heads by layer of the student, or of its decoder; seed after seed."""
+        return [list(itertools.chain(*layer)) for layer in zip(*self._seeds(name, part), strict=True)]
+
+    def by_layer(self, name: str, part: Part = "curves") -> list[OverHeads]:
+        """Sum up the heads of every layer of the student, or of its decoder.
+
+        Mean and deviation are taken within each seed, whose heads are no one else's, and averaged over seeds; smallest
+        and largest are of the heads of all seeds.
+        """
+        layers = zip(*(over_heads(curves) for curves in self._seeds(name, part)), strict=True)
+        return [_over_seeds(layer) for layer in layers]
 
     def cost(self, name: str) -> float | None:
         """Return `gflops` or `images_per_second`, the mean over seeds; None for a teacher that was only measured."""
         values = [value for measures in self.measures if (value := getattr(measures, name)) is not None]
         return statistics.fmean(values) if values else None
+
+    def _seeds(self, name: str, part: Part) -> list[tuple[tuple[float, ...], ...]]:
+        """List (layers, A) by seed."""
+        return [getattr(of, name) for measures in self.measures if (of := getattr(measures, part)) is not None]
 
 
 def difference(result: RowResult, reference: RowResult, name: str) -> Difference | None:
@@ -78,10 +98,15 @@ def paper_difference(row: Row, reference: Row) -> tuple[float, float] | None:
     return None if ours is None or theirs is None else (ours.ap_box - theirs.ap_box, ours.ap_mask - theirs.ap_mask)
 
 
+def _over_seeds(layer: Sequence[OverHeads]) -> OverHeads:
+    means, deviations, smallest, largest = zip(*layer, strict=True)
+    return OverHeads(statistics.fmean(means), statistics.fmean(deviations), min(smallest), max(largest))
+
+
 def _value(measures: Measures, name: str) -> float:
     if name in ("knn", "probe"):
         return 100 * getattr(measures, name).accuracy
-    return getattr(measures.curves, name)[-1]
+    return over_heads(getattr(measures.curves, name))[-1].mean
 
 
 def _sampling_error(measures: Measures, name: str) -> float | None:

@@ -60,7 +60,7 @@ def held_out_features(candidate: Candidate, held_out: HeldOut, device: torch.dev
 def measure_attention(
     candidate: Candidate, held_out: HeldOut, num_images: int, device: torch.device
 ) -> AttentionCurves | None:
-    """Compute head distance and NMI of every layer over held-out images; None without attention.
+    """Compute head distance and NMI of every layer and head over held-out images; None without attention.
 
     Distances are in pixels of the view, whatever size a teacher is fed: teachers have their student's grid.
 
@@ -86,7 +86,9 @@ def measure_attention(
 def measure_decoder_attention(
     student: Student, decoder: TransformerDecoder, held_out: HeldOut, num_images: int, device: torch.device
 ) -> AttentionCurves:
-    """Compute head distance and NMI of every layer of a student's decoder (Figures 2(b) and 3(a)); no patch is masked.
+    """Compute head distance and NMI of every layer and head of a student's decoder (Figures 2(b) and 3(a)).
+
+    No patch is masked.
 
     Args:
         student: moved to the device.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hdscale.analysis.curves import over_heads
 from hdscale.evaluation.accuracy import Accuracy, Difference
 from hdscale.evaluation.measure import SummaryRow
 from hdscale.grid import grid
@@ -49,24 +50,26 @@ def render_probe(result: Accuracy, num_train: int) -> str:
 def render_summary(rows: Sequence[SummaryRow], *, neighbors: int) -> str:
     """Return the table and the comparison of students as plain text."""
     depth = min((LAST_LAYERS, *(len(row.curves.nmi) for row in rows if row.curves is not None)))
-    layers = f"last {depth} layers"
-    header = ("model", "k-NN %", f"head distance px, {layers}", f"NMI, {layers}", "images/s")
+    header = ("model", "k-NN %", "head distance px", "sd over heads px", "NMI", "sd over heads", "images/s")
     lines = grid(header, [_cells(row, depth) for row in rows], ruled=True)
-    lines += ["", f"k-NN: k = {neighbors}, {rows[0].knn.num} held-out samples, accuracy +- its standard error"]
+    lines += ["", f"head distance and NMI: last {depth} layers, mean over heads; sd: standard deviation over heads"]
+    lines += [f"k-NN: k = {neighbors}, {rows[0].knn.num} held-out samples, accuracy +- its standard error"]
     lines += [_sentence(*names, difference) for names, difference in student_differences(rows).items()]
     return "\n".join(lines)
 
 
 def summary_json(rows: Sequence[SummaryRow]) -> dict[str, Any]:
-    """Return the same, and the curves of all layers, as JSON-able values; accuracies are shares."""
+    """Return the same, and the curves of all layers, as JSON-able values.
+
+    Accuracies are shares; `head_distance` and `nmi` are means over heads by layer, `..._by_head` are (layers, A).
+    """
     return {
         "rows": [
             {
                 "name": row.name,
                 "role": row.role,
                 "knn": row.knn._asdict(),
-                "head_distance": None if row.curves is None else list(row.curves.head_distance),
-                "nmi": None if row.curves is None else list(row.curves.nmi),
+                **_curves_json(row),
                 "images_per_second": row.images_per_second,
             }
             for row in rows
@@ -85,26 +88,43 @@ def summary_json(rows: Sequence[SummaryRow]) -> dict[str, Any]:
 
 
 def curve_scalars(rows: Sequence[SummaryRow]) -> list[dict[str, float]]:
-    """Return TensorBoard tags and values, one dict per layer: charts over layers, not over steps."""
+    """Return TensorBoard tags and values, one dict per layer: charts over layers, not over steps.
+
+    Means over heads, and standard deviations over heads.
+    """
     layers: list[dict[str, float]] = []
     for row in rows:
         if row.curves is None:
             continue
         place = row.name.replace(" ", "_")
         layers += [{} for _ in range(len(layers), len(row.curves.nmi))]
-        for scalars, distance, nmi in zip(layers, row.curves.head_distance, row.curves.nmi, strict=False):
-            scalars[f"head_distance_by_layer/{place}"] = distance
-            scalars[f"nmi_by_layer/{place}"] = nmi
+        for name, values in row.curves._asdict().items():
+            for scalars, heads in zip(layers, over_heads(values), strict=False):
+                scalars[f"{name}_by_layer/{place}"] = heads.mean
+                scalars[f"{name}_sd_over_heads_by_layer/{place}"] = heads.deviation
     return layers
 
 
 def _cells(row: SummaryRow, depth: int) -> tuple[str, ...]:
-    distances = nmis = _NOTHING
+    figures = [_NOTHING] * 4
     if row.curves is not None:
-        distances = " ".join(f"{value:5.1f}" for value in row.curves.head_distance[-depth:])
-        nmis = " ".join(f"{value:.2f}" for value in row.curves.nmi[-depth:])
+        distances, nmis = (over_heads(values[-depth:]) for values in row.curves)
+        figures = [
+            " ".join(f"{heads.mean:5.1f}" for heads in distances),
+            " ".join(f"{heads.deviation:4.1f}" for heads in distances),
+            " ".join(f"{heads.mean:.2f}" for heads in nmis),
+            " ".join(f"{heads.deviation:.2f}" for heads in nmis),
+        ]
     rate = _NOTHING if row.images_per_second is None else f"{row.images_per_second:.0f}"
-    return row.name, _percent(row.knn), distances, nmis, rate
+    return row.name, _percent(row.knn), *figures, rate
+
+
+def _curves_json(row: SummaryRow) -> dict[str, Any]:
+    if row.curves is None:
+        return dict.fromkeys(("head_distance", "nmi", "head_distance_by_head", "nmi_by_head"))
+    curves = row.curves._asdict()
+    means = {name: [heads.mean for heads in over_heads(values)] for name, values in curves.items()}
+    return means | {f"{name}_by_head": [list(heads) for heads in values] for name, values in curves.items()}
 
 
 def _percent(result: Accuracy) -> str:

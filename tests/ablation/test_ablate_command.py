@@ -51,6 +51,7 @@ def test_a_table_is_trained_measured_written_and_continued(tmp_path, capsys):
         assert 10 < float(row["knn"]) <= 100
         assert 10 < float(row["probe"]) <= 100
         assert len(row["nmi_by_layer"].split()) == 4
+        assert [len(heads.split()) for heads in row["nmi_by_head"].split("; ")] == [4] * 4
         assert (output / "runs" / row["runs"] / "DONE").exists()
     # Of 64 tokens 20 are left, but both teachers see all.
     assert 0.3 < float(progressive["gflops_per_image"]) / float(none["gflops_per_image"]) < 0.8

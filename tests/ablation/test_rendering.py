@@ -25,7 +25,9 @@ TABLE = Table(
 
 
 def measures(knn, probe=90, distance=15.0, nmi=0.1, trained=True, decoder=None):
-    curves = AttentionCurves((16.0, 17.0, distance), (0.0, 0.05, nmi))
+    # Three layers of two heads, of which the second one looks further.
+    distances = ((16.0, 16.0), (15.0, 19.0), (distance - 3, distance + 3))
+    curves = AttentionCurves(distances, ((0.0, 0.0), (0.0, 0.1), (nmi - 0.05, nmi + 0.05)))
     environment = {"git_revision": "abc"} if trained else None
     rate, gflops = (200.0, 0.0123) if trained else (None, None)
     return Measures(accuracy_of(knn, 100), accuracy_of(probe, 100), curves, decoder, gflops, rate, environment)
@@ -92,11 +94,13 @@ def test_the_page_has_the_paper_s_column_beside_ours_and_says_what_is_no_differe
     assert len({len(line) for line in lines[4:9]}) == 1  # aligned
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[4:9]]
     assert cells[0][:5] == ["row", "paper: AP box", "paper: AP mask", "k-NN %", "linear probe %"]
-    assert cells[0][5:] == ["head distance px", "NMI", "GFLOP a step and image", "images/s"]
-    assert cells[2] == ["MAE", "-", "-", "50.0 +- 5.0", "90.0 +- 3.0", "15.0", "0.10", "-", "-"]
-    ours = ["90.0 +- 3.0", "98.0 +- 1.4", "15.0", "0.10", "0.0123", "200"]
+    assert cells[0][5:7] == ["head distance px", "px over heads: sd (range)"]
+    assert cells[0][7:] == ["NMI", "NMI over heads: sd (range)", "GFLOP a step and image", "images/s"]
+    heads = ["15.0", "3.0 (12.0 .. 18.0)", "0.10", "0.05 (0.05 .. 0.15)"]
+    assert cells[2] == ["MAE", "-", "-", "50.0 +- 5.0", "90.0 +- 3.0", *heads, "-", "-"]
+    ours = ["90.0 +- 3.0", "98.0 +- 1.4", *heads, "0.0123", "200"]
     assert cells[3] == ["No, 100 %", "50.0", "43.9", *ours]
-    ours = ["82.0 +- 3.8", "70.0 +- 4.6", "15.0", "0.10", "0.0123", "200"]
+    ours = ["82.0 +- 3.8", "70.0 +- 4.6", *heads, "0.0123", "200"]
     assert cells[4] == ["Random \\| 35 %", "49.2", "43.3", *ours]
     assert "- Digits." in lines
     assert "- A note." in lines
@@ -105,7 +109,38 @@ def test_the_page_has_the_paper_s_column_beside_ours_and_says_what_is_no_differe
         "error 4.8); the paper: AP box -0.8, AP mask -0.6."
     ) in lines
     assert "one seed: how far another would be is unknown" in text
+    assert "of the last layer, mean over heads, and its heads' standard deviation (smallest .. largest); GFLOP" in text
     assert "Failed" not in text
+
+
+def test_heads_that_collapsed_are_seen_beside_heads_that_differ_around_the_same_mean():
+    def of(*heads):
+        return measures(90)._replace(curves=AttentionCurves((heads,), ((0.1,) * 6,)))
+
+    spread = result("none", of(26.0, 111.0, 108.0, 109.0, 105.0, 81.0))
+    collapsed = result("random", of(75.0, 105.0, 90.0, 90.0, 90.0, 90.0))
+    lines = render_markdown(report(spread, collapsed)).splitlines()[6:8]
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")][5:7] for line in lines]
+    assert cells == [["90.0", "30.4 (26.0 .. 111.0)"], ["90.0", "8.7 (75.0 .. 105.0)"]]
+
+
+def test_heads_of_several_seeds_are_not_mixed_and_their_range_is_that_of_all():
+    def of(*heads):
+        return measures(90)._replace(curves=AttentionCurves(((10.0, 10.0), heads), ((0.1, 0.1), (0.1, 0.3))))
+
+    found = result("none", of(10.0, 14.0), of(50.0, 58.0))
+    assert found.by_layer("head_distance")[1] == (33.0, 3.0, 10.0, 58.0)  # heads of both at once would be 21 apart
+    assert found.by_head("head_distance") == [[10.0, 10.0, 10.0, 10.0], [10.0, 14.0, 50.0, 58.0]]
+    assert found.figure("head_distance").mean == 33.0
+    text = render_markdown(report(found, seeds=2))
+    cells = [cell.strip() for cell in text.splitlines()[6].strip("| ").split(" | ")]
+    assert cells[5:9] == ["33.0 +- 29.7", "3.0 (10.0 .. 58.0)", "0.20 +- 0.00", "0.10 (0.10 .. 0.30)"]
+    assert "(smallest .. largest): sd is the mean over seeds, the range that of all seeds; GFLOP" in text
+
+
+def test_a_row_without_measures_has_no_heads():
+    line = render_markdown(report(result("random"))).splitlines()[6]
+    assert [cell.strip() for cell in line.strip("| ").split(" | ")][3:] == ["-"] * 8
 
 
 def test_a_figure_has_its_curves_over_layers_and_no_column_of_the_paper_s():
@@ -122,6 +157,10 @@ def test_a_figure_has_its_curves_over_layers_and_no_column_of_the_paper_s():
     assert "| head distance px, layer |    1 |    2 |    3 |" in text
     assert "| None                    | 16.0 | 17.0 | 14.0 |" in text
     assert "| Random                  |    - |    - |    - |" in text
+    assert "| head distance px, sd over heads, layer |   1 |   2 |   3 |" in text
+    assert "| None                                   | 0.0 | 2.0 | 3.0 |" in text
+    assert "| NMI, sd over heads, layer |    1 |    2 |    3 |" in text
+    assert "| None                      | 0.00 | 0.05 | 0.05 |" in text
     assert "## Failed\n\n- random, seed 0: no luck\n" in text
 
 
@@ -157,7 +196,14 @@ def test_the_csv_has_unrounded_numbers_and_empty_cells_for_what_is_unknown():
         "head_distance_by_decoder_layer": "",
         "nmi_by_decoder_layer": "",
         "runs": "none-0 none-1",
+        # Heads of the second seed stand after those of the first.
+        "head_distance_by_head": "16 16 16 16; 15 19 15 19; 12 18 12 18",
+        "nmi_by_head": "0 0 0 0; 0 0.1 0 0.1; 0.05 0.15 0.05 0.15",
+        "head_distance_by_decoder_head": "",
+        "nmi_by_decoder_head": "",
     }
+    columns = text.partition("\n")[0]
+    assert columns.endswith("runs,head_distance_by_head,nmi_by_head,head_distance_by_decoder_head,nmi_by_decoder_head")
     assert {column: cell for column, cell in random.items() if cell} == {
         "table": "8",
         "row": "random",
@@ -170,14 +216,20 @@ def test_the_csv_has_unrounded_numbers_and_empty_cells_for_what_is_unknown():
 
 
 def test_a_decoder_has_curves_of_its_own():
-    decoder = AttentionCurves((11.0, 12.0), (0.3, 0.4))
+    decoder = AttentionCurves(((10.0, 12.0), (11.0, 13.0)), ((0.25, 0.35), (0.4, 0.4)))
     figure = TABLE._replace(key="fig3")
     results = [result("none", measures(90)), result("random", measures(80, decoder=decoder))]
     lines = render_markdown(Report(figure, results, 1, "command")).splitlines()
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "its decoder" in line]
-    assert [row[1:] for row in rows] == [["11.0", "12.0", "-"], ["0.30", "0.40", "-"]]
+    assert [row[1:] for row in rows] == [
+        *(["11.0", "12.0", "-"], ["1.0", "1.0", "-"]),
+        *(["0.30", "0.40", "-"], ["0.05", "0.00", "-"]),
+    ]
     first, second = csv.DictReader(io.StringIO(render_csv(Report(figure, results, 1, "command"))))
     assert first["head_distance_by_decoder_layer"] == ""
     assert second["head_distance_by_decoder_layer"] == "11 12"
     assert second["nmi_by_decoder_layer"] == "0.3 0.4"
     assert second["head_distance_by_layer"] == "16 17 15"
+    assert first["nmi_by_decoder_head"] == ""
+    assert second["head_distance_by_decoder_head"] == "10 12; 11 13"
+    assert second["nmi_by_decoder_head"] == "0.25 0.35; 0.4 0.4"

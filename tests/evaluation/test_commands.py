@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -154,6 +155,11 @@ def test_the_summary_has_a_row_for_everything_and_curves_in_tensorboard(main, wo
     scalars = events.Scalars("head_distance_by_layer/student_hybrid")
     assert [scalar.step for scalar in scalars] == [0, 1, 2]
     assert [scalar.value for scalar in scalars] == pytest.approx(content["rows"][5]["head_distance"])
+    heads = np.array(content["rows"][5]["head_distance_by_head"])
+    assert heads.shape == (3, 4)
+    assert heads.mean(axis=1) == pytest.approx(content["rows"][5]["head_distance"])
+    scalars = events.Scalars("head_distance_sd_over_heads_by_layer/student_hybrid")
+    assert [scalar.value for scalar in scalars] == pytest.approx(heads.std(axis=1), rel=1e-5)
 
 
 def test_export_prints_code_that_timm_runs(world, capsys):

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -10,10 +9,10 @@ from hdscale.evaluation.measure import measure_attention, measure_decoder_attent
 from hdscale.student.build import build_student
 from hdscale.student.decoder import build_decoder
 from hdscale.vit.encoder import Outputs, ViTEncoder
-from tests.helpers.attention import GRID, make_batches, reference_figures
+from tests.helpers.attention import GRID, make_batches, reference_means
 
 
-def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
+def test_a_model_is_measured_at_every_layer_and_head_in_pixels_of_the_view():
     config = StudentConfig(model="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=3, num_heads=2)
     student = build_student(config, 24, seed=0).eval()
     batches = make_batches([2])
@@ -22,9 +21,11 @@ def test_a_model_is_measured_at_every_layer_in_pixels_of_the_view():
     tapped = build_student(config, 24, seed=0, relation_layers=(0, 1, 2)).eval()
     with torch.no_grad():
         output = tapped(batches[0].images)
+    assert len(curves.head_distance) == len(curves.nmi) == 3
     for layer in range(3):
-        wanted = [reference_figures(q, k, 8) for q, k in zip(output.queries[layer], output.keys[layer], strict=True)]
-        assert curves.head_distance[layer] == pytest.approx(sum(d for d, _ in wanted) / len(wanted), rel=1e-4)
+        distances, mutual_info = reference_means(output.queries[layer], output.keys[layer], 8)
+        assert curves.head_distance[layer] == pytest.approx(distances, rel=1e-4)
+        assert curves.nmi[layer] == pytest.approx(mutual_info, rel=1e-3)
 
 
 def test_pixels_have_no_attention():
@@ -32,9 +33,9 @@ def test_pixels_have_no_attention():
     assert measure_attention(Candidate("raw", "baseline", None), held_out, 2, torch.device("cpu")) is None
 
 
-def test_a_decoder_is_measured_at_every_layer_of_its_own():
+def test_a_decoder_is_measured_at_every_layer_and_head_of_its_own():
     sizes = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "decoder_depth": 2, "decoder_dim": 16}
-    config = StudentConfig(model="vit_tiny_patch16_224", decoder="transformer", **sizes)
+    config = StudentConfig(model="vit_tiny_patch16_224", decoder="transformer", decoder_heads=4, **sizes)
     student = build_student(config, 24, seed=0).eval()
     decoder = build_decoder(config, student, seed=1)
     batches = make_batches([2])
@@ -45,8 +46,10 @@ def test_a_decoder_is_measured_at_every_layer_of_its_own():
         queries, keys = decoder.queries_and_keys(output.prefix_tokens, output.patch_tokens)
     assert len(curves.head_distance) == len(curves.nmi) == 2
     for layer in range(2):
-        wanted = [reference_figures(q, k, 8) for q, k in zip(queries[layer], keys[layer], strict=True)]
-        assert curves.head_distance[layer] == pytest.approx(sum(d for d, _ in wanted) / len(wanted), rel=1e-4)
+        distances, mutual_info = reference_means(queries[layer], keys[layer], 8)
+        assert len(distances) == 4
+        assert curves.head_distance[layer] == pytest.approx(distances, rel=1e-4)
+        assert curves.nmi[layer] == pytest.approx(mutual_info, rel=1e-3)
 
 
 def test_a_teacher_of_larger_patches_is_measured_in_pixels_of_the_view():
@@ -61,5 +64,5 @@ def test_a_teacher_of_larger_patches_is_measured_in_pixels_of_the_view():
         held_out = HeldOut(train=[], val=batches, num_train=0, num_val=2, img_size=img_size)
         curves = measure_attention(candidate, held_out, 2, torch.device("cpu"))
         for layer, pair in enumerate(zip(output.queries, output.keys, strict=True)):
-            wanted = [reference_figures(q, k, img_size // GRID) for q, k in zip(*pair, strict=True)]
-            assert curves.head_distance[layer] == pytest.approx(np.mean([d for d, _ in wanted]), rel=1e-3)
+            distances, _ = reference_means(*pair, img_size // GRID)
+            assert curves.head_distance[layer] == pytest.approx(distances, rel=1e-3)

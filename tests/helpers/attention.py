@@ -19,7 +19,7 @@ def make_batches(sizes, seed=0):
 
 
 def reference_figures(query, key, patch_size):
-    """Head distance and NMI of one image and layer, averaged over heads; loops in float64."""
+    """Head distance and NMI of one image and layer, (A,) each; loops in float64."""
     distances, mutual_info = [], []
     for q, k in zip(query.double().numpy(), key.double().numpy(), strict=True):
         logits = q @ k.T / np.sqrt(q.shape[-1])
@@ -33,4 +33,10 @@ def reference_figures(query, key, patch_size):
         information = (joint * np.log(joint / (marginal[None] / len(attention)))).sum()
         entropies = -(marginal * np.log(marginal)).sum() * np.log(len(attention))
         mutual_info.append(information / np.sqrt(entropies))
-    return np.mean(distances), np.mean(mutual_info)
+    return np.array(distances), np.array(mutual_info)
+
+
+def reference_means(queries, keys, patch_size):
+    """The same of (B, A, P + N, E), averaged over images."""
+    figures = [reference_figures(q, k, patch_size) for q, k in zip(queries, keys, strict=True)]
+    return np.mean([d for d, _ in figures], axis=0), np.mean([i for _, i in figures], axis=0)
