@@ -31,8 +31,8 @@ def test_curves_are_means_over_the_first_images_of_uneven_batches(num_images):
     for layer in range(2):
         distances, mutual_info = reference_means(output.queries[layer], output.keys[layer], 8)
         assert len(distances) == HEADS
-        assert curves.head_distance[layer] == pytest.approx(distances, rel=1e-5)
-        assert curves.nmi[layer] == pytest.approx(mutual_info, rel=1e-4)
+        assert curves.head_distance[layer] == pytest.approx(distances, rel=1e-6)
+        assert curves.nmi[layer] == pytest.approx(mutual_info, rel=1e-6)
 
 
 # Attention of which every figure is known: patches of 4 x 4, 10 px apart.
