@@ -296,7 +296,9 @@ class LossConfig(Section):
     """Eq. 1."""
 
     alpha: float = Field(default=1.0, ge=0)
-    """Weight of the relation term (Section 4.1; Table 12)."""
+    """Weight of the relation term (Section 4.1; Table 12). The terms are not of one size at 1: with a trained DINOv2-S
+    as teacher the scaled relation term is 8 times the feature term and its gradient 3.4 times; raw and merged, 467 and
+    213 times. `log.gradient_norms_every` shows a run's own balance."""
     beta: float = Field(default=2.0, gt=0)
     """Smooth L1's change from square to line (dBOT, FD)."""
     target_norm: Literal["layer_norm", "none"] = "layer_norm"
@@ -356,7 +358,8 @@ class LogConfig(Section):
     every_steps: int = Field(default=20, ge=1)
     """Optimizer steps between lines of metrics.jsonl; losses are means over them."""
     gradient_norms_every: int = Field(default=0, ge=0)
-    """Optimizer steps between measurements of what each term of Eq. 1 asks of the student; 0: none."""
+    """Optimizer steps between measurements of how large a gradient each term of Eq. 1 sends to the tokens that enter
+    the student's first relation block; 0: none. ZeRO-2 only."""
 
 
 class EvaluationConfig(Section):

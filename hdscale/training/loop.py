@@ -17,6 +17,7 @@ from hdscale.hashing import hash64
 from hdscale.progress import Progress
 from hdscale.runs.checkpoint import save_checkpoint
 from hdscale.runs.metrics import MetricsWriter
+from hdscale.training.gradient_norms import GradientNorms
 from hdscale.training.meter import Meter, log_line, progress_text
 from hdscale.training.quarantine import Quarantine
 from hdscale.training.run import Session
@@ -85,6 +86,7 @@ def train(
     run, engine, ranks = session.run, session.engine, session.ranks
     recipe = run.recipe
     meter = Meter(ranks)
+    norms = GradientNorms(engine, recipe, ranks, accumulation=run.accumulation)
     quarantine = _quarantine(session)
     step = run.start_step
     skipped = _Skipped(engine.skipped_steps, 0)
@@ -94,7 +96,8 @@ def train(
             seed_everything(recipe.run.seed, step, micro_step, ranks.rank)
             batch = meter.wait_for(batches)
             quarantine.add(batch.bad)
-            meter.add(train_step(session, to_device(batch, ranks)))
+            with norms.beside(step + 1):
+                meter.add(train_step(session, to_device(batch, ranks)))
         step += 1
         skipped = _count_skipped(engine, skipped)
         progress(1)
@@ -104,9 +107,9 @@ def train(
         saving = last or step % recipe.checkpoint.every_steps == 0
         error = quarantine.gather(step) if logging or saving else None
         if logging:
-            reading = meter.read()
+            reading, measured = meter.read(), norms.read()
             if metrics is not None:
-                metrics.write(log_line(session, reading, step, len(quarantine.sample_ids)))
+                metrics.write(log_line(session, reading, step, len(quarantine.sample_ids)) | measured)
                 progress(0, progress_text(reading))
         if saving or error:
             _save(session, step, quarantine.sample_ids)

@@ -61,6 +61,11 @@ def _build(recipe: Recipe, method: str, num_classes: int) -> tuple[nn.Module, Ca
     seed = recipe.run.seed
     if recipe.student.mask_tokens == "encoder":
         raise UserError(f"student.mask_tokens must be none for method {method}, got encoder: it has masks of its own")
+    if recipe.log.gradient_norms_every:
+        raise UserError(
+            f"log.gradient_norms_every must be 0 for method {method}, got {recipe.log.gradient_norms_every}: it "
+            "measures the two terms of a distilled student's loss"
+        )
     encoder = build_student(recipe.student, recipe.data.img_size, seed=seed)
     if method == "supervised":
         classifier = SupervisedClassifier(encoder, num_classes, recipe.pretrain, seed=seed)

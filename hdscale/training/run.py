@@ -28,6 +28,7 @@ from hdscale.hashing import short_value
 from hdscale.runs.checkpoint import Checkpoint, newest_checkpoint
 from hdscale.runs.folder import check_recipe_unchanged, mark_done, run_folder_of, write_run_folder
 from hdscale.student.build import student_grid_size
+from hdscale.training.gradient_norms import check_measurable
 from hdscale.training.schedule import Schedule, build_schedule
 from hdscale.types import Batch
 
@@ -88,6 +89,7 @@ def check_run(recipe: Recipe, ds_config: Mapping[str, Any], allow_change: Sequen
         UserError: whatever the person who started the run can mend.
     """
     student_grid_size(recipe.student, recipe.data.img_size)  # sizes that do not fit are found before any file is read
+    check_measurable(recipe, ds_config)
     folder = run_folder_of(recipe)
     shards = open_shards(Path(recipe.data.shards), recipe.data.split)
     schedule = build_schedule(recipe.schedule, recipe.optim, shards.num_samples)
