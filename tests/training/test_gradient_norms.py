@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional as F
 
 from hdscale.config.deepspeed import load_ds_config
@@ -47,7 +46,9 @@ class Setting:
             for index, parameter in enumerate(self.distiller.parameters()):
                 parameter += 0.05 * draw(*parameter.shape, seed=index)  # relations of fresh weights are near zero
         self.images = torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1)).byte()
-        kept = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(row))[:KEPT] for row in range(B)])
+        kept = torch.stack(
+            [torch.randperm(64, generator=torch.Generator().manual_seed(row))[:KEPT] for row in range(B)]
+        )
         self.targets = Targets(
             kept.sort(dim=1).values,
             draw(B, KEPT, 40, seed=2) if feature else None,
@@ -113,11 +114,10 @@ def plain_block(block, x):
     return x + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias), query, key
 
 
-def measured(setting, accumulation=1, micro_steps=1):
+def measured(setting, accumulation=1):
     norms = setting.norms(accumulation)
     with norms.beside(1):
-        for _ in range(micro_steps):
-            setting.forward()
+        setting.forward()
     return norms.read()
 
 
@@ -132,3 +132,107 @@ def test_norms_are_those_of_autograd_whatever_scales_the_loss(loss_scale, checkp
     assert found["gradient_norm_feature"] == pytest.approx(feature, rel=1e-4)
     assert found["gradient_norm_relation"] == pytest.approx(relation, rel=1e-4)
     assert 0 < found["gradient_norm_seconds"] < 600
+
+
+def test_float16_gradients_that_vanish_unscaled_are_measured_with_the_loss_scale(world, process_group):
+    setting = Setting(world, "loss.alpha=1e-4")
+    _, wanted = plain_norms(setting, alpha=1e-4)
+    for parameter in setting.distiller.parameters():  # DeepSpeed leaves buffers in float32
+        parameter.data = parameter.data.half()
+    assert measured(setting)["gradient_norm_relation"] == 0
+    setting.engine.optimizer.loss_scale = LOSS_SCALE
+    assert measured(setting)["gradient_norm_relation"] == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_term_without_teacher_has_no_norm(world, process_group):
+    both = measured(Setting(world))
+    no_relation, no_feature = (measured(Setting(world, **{without: False})) for without in ("relation", "feature"))
+    assert math.isnan(no_relation["gradient_norm_relation"])
+    assert math.isnan(no_feature["gradient_norm_feature"])
+    assert no_relation["gradient_norm_feature"] == pytest.approx(both["gradient_norm_feature"], rel=1e-5)
+    assert no_feature["gradient_norm_relation"] == pytest.approx(both["gradient_norm_relation"], rel=1e-5)
+
+
+def test_a_student_without_relation_teacher_needs_the_block_all_the_same(world):
+    setting = Setting(world, "relation.layers=[4]", relation=False)
+    with pytest.raises(UserError, match=r"relation\.layers must be between -4 and 3 for a model of 4 blocks, got 4"):
+        setting.norms()
+    setting.recipe = load_recipe(world.recipe, ["relation.layers=[4]", "log.gradient_norms_every=0"])
+    setting.norms()
+
+
+def test_norms_are_means_over_ranks_and_micro_steps_and_their_seconds_a_sum(world, process_group, monkeypatch):
+    setting = Setting(world)
+    first = measured(setting)
+    now = iter([10.0, 11.0, 20.0, 23.0])
+    monkeypatch.setattr("hdscale.training.gradient_norms.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(torch.tensor([1.0, 2.0, 6.0])))
+    norms = GradientNorms(setting.engine, setting.recipe, CPU._replace(world_size=2), accumulation=2)
+    with norms.beside(1):
+        setting.forward()
+    setting.images = 255 - setting.images
+    with norms.beside(1):
+        setting.forward()
+    found = norms.read()
+    monkeypatch.undo()
+    second = measured(setting)
+    for name, other in (("gradient_norm_feature", 1.0), ("gradient_norm_relation", 2.0)):
+        assert abs(first[name] / second[name] - 1) > 1e-3
+        assert found[name] == pytest.approx(((first[name] + second[name]) / 2 + other) / 2, rel=1e-5)
+    assert found["gradient_norm_seconds"] == (4.0 + 6.0) / 2
+    assert norms.read() == {}  # since then, nothing was measured
+
+
+def test_what_was_measured_waits_for_the_next_line(world, process_group):
+    setting = Setting(world)
+    setting.recipe = load_recipe(world.recipe, ["log.gradient_norms_every=3"])
+    norms, lines = setting.norms(), []
+    for step in range(1, 9):
+        with norms.beside(step):
+            setting.forward()
+        if step % 2 == 0:
+            lines.append(len(norms.read()))
+    assert lines == [0, 3, 3, 0]  # steps 3 and 6, in the lines of 4 and 6
+    assert not setting.distiller._forward_hooks
+    assert not any(block._forward_pre_hooks for block in setting.distiller.student.encoder.model.blocks)
+
+
+@pytest.mark.parametrize("overrides", [(), ("student.checkpoint_every=1",)])
+def test_measuring_leaves_losses_gradients_and_random_states_alone(overrides, world, process_group):
+    found = []
+    for every in (0, 1):
+        setting = Setting(world, "student.drop_path=0.5", *overrides, f"log.gradient_norms_every={every}")
+        norms = setting.norms()
+        torch.manual_seed(0)
+        with norms.beside(1):
+            terms = setting.forward()
+            untouched = all(parameter.grad is None for parameter in setting.distiller.parameters())
+            terms.total.backward()
+        assert untouched
+        assert bool(norms.read()) == bool(every)
+        gradients = [parameter.grad for parameter in setting.distiller.parameters()]
+        found.append([*(term.detach() for term in terms), *gradients, torch.get_rng_state()])
+    for plain, beside in zip(*found, strict=True):
+        assert torch.equal(plain, beside)
+
+
+def test_it_measures_nowhere_but_where_a_second_backward_pass_works(world, tmp_path):
+    recipe = load_recipe(world.recipe, ["log.gradient_norms_every=5", "student.checkpoint_every=2"])
+    zero2, zero3 = (load_ds_config(ROOT / f"ds_configs/zero{stage}.json") for stage in (2, 3))
+    own = zero2 | {"activation_checkpointing": {"partition_activations": True}}
+    check_measurable(recipe, zero2)
+    with pytest.raises(
+        UserError, match=r"^log\.gradient_norms_every does not work under ZeRO-3, .*zero2\.json, or set"
+    ):
+        check_run(recipe, zero3)
+    with pytest.raises(UserError, match=r"^log\.gradient_norms_every .* DeepSpeed's activation .*, or set .*_every=0$"):
+        check_run(recipe, own)
+    check_measurable(load_recipe(world.recipe, [EVERY, "student.checkpoint_every=0"]), own)  # nothing runs again
+    for config in (zero3, own):
+        check_measurable(load_recipe(world.recipe, ["student.checkpoint_every=2"]), config)
+
+
+def test_pretraining_has_no_two_terms(world, tmp_path):
+    recipe = load_recipe(world.recipe, ["log.gradient_norms_every=5", f"run.root={tmp_path}"])
+    with pytest.raises(UserError, match=r"^log\.gradient_norms_every must be 0 for method mae, got 5: it measures "):
+        pretrain(recipe, "mae", load_ds_config(ROOT / "ds_configs/zero2.json"))

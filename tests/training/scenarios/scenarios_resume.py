@@ -31,8 +31,9 @@ def resume(lab):
 
 
 def interrupt(lab):
-    """Send SIGTERM to the last rank in its fourth step."""
+    """Send SIGTERM to the last rank in its fourth step, of a run that measures gradient norms, too."""
     batches = []
+    overrides = [*TO_STOP[2], "log.gradient_norms_every=3"]
 
     def start(*what):
         session = original(*what)
@@ -47,11 +48,11 @@ def interrupt(lab):
 
     original, distillation.start = distillation.start, start
     try:
-        code = lab.distill("interrupted", 2, *TO_STOP[2])
+        code = lab.distill("interrupted", 2, *overrides)
     finally:
         distillation.start = original
     latest = (lab.run_folder("interrupted") / "checkpoints/latest").read_text().strip()
-    return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *TO_STOP[2])}
+    return {"code": code, "latest": latest, "again": lab.distill("interrupted", 2, *overrides)}
 
 
 def elastic_source(lab):

@@ -1,5 +1,6 @@
 """Whole runs that stop go on as if they had not."""
 
+import json
 import math
 
 import pytest
@@ -33,6 +34,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(stage, world, two_ranks, curve):
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint_that_goes_on_bit_for_bit(world, two_ranks, curve):
     assert two_ranks["interrupt"] == {"code": 75, "latest": f"step-{STOP:09d}", "again": 0}
     assert curve("interrupted") == curve("whole-z2")
+    assert_same_checkpoints(world, "interrupted", "whole-z2")
+
+
+def test_a_run_that_measures_gradient_norms_is_the_same_run_bit_for_bit(world, two_ranks, curve):
+    folders = [world.folder / "runs" / name for name in ("interrupted", "whole-z2")]
+    measured, plain = (list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())) for folder in folders)
+    extra = [line.keys() - other.keys() for line, other in zip(measured, plain, strict=True)]
+    norms = {f"gradient_norm_{what}" for what in ("feature", "relation", "seconds")}
+    assert extra == [norms if step in (3, 6) else set() for step in range(1, STEPS + 1)]
+    assert all(0 < measured[step - 1][name] < 600 for step in (3, 6) for name in norms)
+    for column in ("loss", "loss_feature", "loss_relation", "grad_norm"):
+        assert curve("interrupted", column) == curve("whole-z2", column)
     assert_same_checkpoints(world, "interrupted", "whole-z2")
 
 
