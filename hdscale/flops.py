@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdscale.config.recipe import Recipe
+from hdscale.config.sections import MaskConfig
 from hdscale.distiller import Distiller
 from hdscale.masking.progressive import expected_num_keep, patches_by_block
 from hdscale.student.build import Student
@@ -301,6 +302,21 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
         head=head,
         projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
     )
+
+
+def flops_over_one_teacher(recipe: Recipe, distiller: Distiller, teachers: Teachers) -> float | None:
+    """Divide a step's FLOPs by those of the same step with the feature teacher alone, without masks (Distill-*).
+
+    The paper's Appendix D says 1.2 for the time of a ViT-B's step. None where a teacher is missing.
+
+    Raises:
+        UserError: as `step_flops_per_image`.
+    """
+    if teachers.feature is None or teachers.relation is None:
+        return None
+    alone = recipe.model_copy(update={"relation_teacher": None, "mask": MaskConfig(strategy="none")})
+    one_teacher = step_flops_per_image(alone, distiller, teachers._replace(relation=None))
+    return step_flops_per_image(recipe, distiller, teachers) / one_teacher
 
 
 def _sizes(model: Student | FrozenTeacher) -> ViTSizes:

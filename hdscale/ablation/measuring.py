@@ -37,6 +37,7 @@ class Measures(NamedTuple):
     gflops: float | None  # of a training step per image, teachers included; None: nothing was trained
     images_per_second: float | None  # of training, over all ranks: median of the logged steps
     environment: dict[str, Any] | None  # what the run wrote down
+    over_one_teacher: float | None = None  # FLOPs of a step of two teachers, over those of the feature teacher's alone
 
 
 def measure_row(
@@ -73,7 +74,7 @@ def measure_row(
 
 
 def _measure(row_jobs: RowJobs, train_samples: int | None, device: torch.device, stream: TextIO | None) -> Measures:
-    gflops = environment = decoder = None
+    gflops = over_one_teacher = environment = decoder = None
     if row_jobs.folder is None:
         candidate = _teacher(row_jobs)
     else:
@@ -81,8 +82,9 @@ def _measure(row_jobs: RowJobs, train_samples: int | None, device: torch.device,
         candidate = student_candidate(trained)
         assert isinstance(candidate.model, Student)
         decoder = load_decoder(trained.recipe.student, candidate.model, trained.weights)
-        steps = [line["flops_per_image"] for line in read_metrics(row_jobs.folder) if line.get("flops_per_image")]
-        gflops = steps[-1] / 1e9 if steps else None
+        steps = [line for line in read_metrics(row_jobs.folder) if line.get("flops_per_image")]
+        gflops = steps[-1]["flops_per_image"] / 1e9 if steps else None
+        over_one_teacher = steps[-1].get("flops_over_one_teacher") if steps else None
         environment = json.loads((row_jobs.folder / ENVIRONMENT_FILE).read_text())
     recipe = row_jobs.recipe
     held_out = open_held_out(recipe.data, recipe.evaluation, train_samples=train_samples)
@@ -95,7 +97,8 @@ def _measure(row_jobs: RowJobs, train_samples: int | None, device: torch.device,
         images = recipe.evaluation.attention_images
         decoder_curves = measure_decoder_attention(candidate.model, decoder, held_out, images, device)
     knn, probe = knn_accuracy(*features, recipe.evaluation.neighbors), linear_probe(*features)
-    return Measures(knn, probe, curves, decoder_curves, gflops, candidate.images_per_second, environment)
+    rate = candidate.images_per_second
+    return Measures(knn, probe, curves, decoder_curves, gflops, rate, environment, over_one_teacher)
 
 
 def _teacher(row_jobs: RowJobs) -> Candidate:

@@ -63,7 +63,7 @@ class RowResult(NamedTuple):
         return [_over_seeds(layer) for layer in layers]
 
     def cost(self, name: str) -> float | None:
-        """Return `gflops` or `images_per_second`, the mean over seeds; None for a teacher that was only measured."""
+        """Return `gflops`, `over_one_teacher` or `images_per_second`, the mean over seeds; None: unknown, or no run."""
         values = [value for measures in self.measures if (value := getattr(measures, name)) is not None]
         return statistics.fmean(values) if values else None
 

@@ -13,7 +13,7 @@ from hdscale.data.samples import MaskLookup
 from hdscale.distiller import Distiller, build_distiller
 from hdscale.engine.ranks import Ranks, distributed
 from hdscale.engine.zero import build_teacher_engine, checkpoint_function, configure_checkpointing, full_state
-from hdscale.flops import step_flops_per_image
+from hdscale.flops import flops_over_one_teacher, step_flops_per_image
 from hdscale.masking.store import MaskStore
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import student_grid_size
@@ -67,6 +67,7 @@ class Models(NamedTuple):
     teachers: Teachers
     look_up_masks: MaskLookup | None  # None: masks are made in the step, or there are none
     flops_per_image: float  # of one training step
+    flops_over_one_teacher: float | None  # against the feature teacher alone; None where a teacher is missing
 
 
 def build_models(
@@ -95,8 +96,13 @@ def build_models(
         teachers=teachers.shapes(),
         checkpoint_fn=checkpoint_function(run.ds_config),
     )
-    flops = step_flops_per_image(recipe, distiller, teachers)
-    return Models(distiller, teachers, None if store is None else store.keep_indices, flops)
+    return Models(
+        distiller,
+        teachers,
+        None if store is None else store.keep_indices,
+        step_flops_per_image(recipe, distiller, teachers),
+        flops_over_one_teacher(recipe, distiller, teachers),
+    )
 
 
 def start(run: Run, models: Models, ranks: Ranks, teacher_ds_config: Mapping[str, Any]) -> Session:
@@ -128,7 +134,16 @@ def start(run: Run, models: Models, ranks: Ranks, teacher_ds_config: Mapping[str
     def ask_teachers(batch: Batch) -> tuple[Tensor, Targets]:
         return batch.images, pair(batch)
 
-    return Session(run, ranks, engine, ask_teachers, models.look_up_masks, models.flops_per_image, teacher_engines)
+    return Session(
+        run,
+        ranks,
+        engine,
+        ask_teachers,
+        models.look_up_masks,
+        models.flops_per_image,
+        teacher_engines,
+        models.flops_over_one_teacher,
+    )
 
 
 def build_teacher_engines(

@@ -111,6 +111,7 @@ def log_line(session: Session, reading: Reading, step: int, bad_samples: int) ->
         "bad_samples": bad_samples,
         "mfu": _model_flops_utilisation(session, reading.images_per_second),
         "flops_per_image": session.flops_per_image,
+        "flops_over_one_teacher": session.flops_over_one_teacher,
         "memory_gb": peak_memory_gb(ranks),
     }
 

@@ -70,6 +70,7 @@ class Session(NamedTuple):
     look_up_masks: MaskLookup | None = None
     flops_per_image: float | None = None  # of one training step, for the log's `mfu`
     teacher_engines: Mapping[str, nn.Module] = MappingProxyType({})  # by recipe section
+    flops_over_one_teacher: float | None = None  # of a step with both teachers, against the feature teacher alone
 
 
 def planned_precision(recipe: Recipe) -> str:

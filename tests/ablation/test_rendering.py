@@ -29,8 +29,8 @@ def measures(knn, probe=90, distance=15.0, nmi=0.1, trained=True, decoder=None):
     distances = ((16.0, 16.0), (15.0, 19.0), (distance - 3, distance + 3))
     curves = AttentionCurves(distances, ((0.0, 0.0), (0.0, 0.1), (nmi - 0.05, nmi + 0.05)))
     environment = {"git_revision": "abc"} if trained else None
-    rate, gflops = (200.0, 0.0123) if trained else (None, None)
-    return Measures(accuracy_of(knn, 100), accuracy_of(probe, 100), curves, decoder, gflops, rate, environment)
+    rate, gflops, ratio = (200.0, 0.0123, 0.699) if trained else (None, None, None)
+    return Measures(accuracy_of(knn, 100), accuracy_of(probe, 100), curves, decoder, gflops, rate, environment, ratio)
 
 
 def result(key, *of):
@@ -95,12 +95,13 @@ def test_the_page_has_the_paper_s_column_beside_ours_and_says_what_is_no_differe
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[4:9]]
     assert cells[0][:5] == ["row", "paper: AP box", "paper: AP mask", "k-NN %", "linear probe %"]
     assert cells[0][5:7] == ["head distance px", "px over heads: sd (range)"]
-    assert cells[0][7:] == ["NMI", "NMI over heads: sd (range)", "GFLOP a step and image", "images/s"]
+    assert cells[0][7:9] == ["NMI", "NMI over heads: sd (range)"]
+    assert cells[0][9:] == ["GFLOP a step and image", "times one teacher", "images/s"]
     heads = ["15.0", "3.0 (12.0 .. 18.0)", "0.10", "0.05 (0.05 .. 0.15)"]
-    assert cells[2] == ["MAE", "-", "-", "50.0 +- 5.0", "90.0 +- 3.0", *heads, "-", "-"]
-    ours = ["90.0 +- 3.0", "98.0 +- 1.4", *heads, "0.0123", "200"]
+    assert cells[2] == ["MAE", "-", "-", "50.0 +- 5.0", "90.0 +- 3.0", *heads, "-", "-", "-"]
+    ours = ["90.0 +- 3.0", "98.0 +- 1.4", *heads, "0.0123", "0.70", "200"]
     assert cells[3] == ["No, 100 %", "50.0", "43.9", *ours]
-    ours = ["82.0 +- 3.8", "70.0 +- 4.6", *heads, "0.0123", "200"]
+    ours = ["82.0 +- 3.8", "70.0 +- 4.6", *heads, "0.0123", "0.70", "200"]
     assert cells[4] == ["Random \\| 35 %", "49.2", "43.3", *ours]
     assert "- Digits." in lines
     assert "- A note." in lines
@@ -190,6 +191,7 @@ def test_the_csv_has_unrounded_numbers_and_empty_cells_for_what_is_unknown():
         "nmi_spread": "0.0",
         "nmi_standard_error": "",
         "gflops_per_image": "0.0123",
+        "flops_over_one_teacher": "0.699",
         "images_per_second": "200.0",
         "head_distance_by_layer": "16 17 15",
         "nmi_by_layer": "0 0.05 0.1",

@@ -165,7 +165,12 @@ class Loop:
         self.engine.accumulation = run.accumulation
         ranks = Ranks(*ranks, 0, torch.device("cpu"))
         session = Session(
-            run, ranks, self.engine, lambda batch: (batch.images, "targets"), flops_per_image=flops_per_image
+            run,
+            ranks,
+            self.engine,
+            lambda batch: (batch.images, "targets"),
+            flops_per_image=flops_per_image,
+            flops_over_one_teacher=0.75,
         )
         return train(session, self.batches(), self if is_writing else None, self.progress, self)
 

@@ -40,6 +40,7 @@ def test_a_line_of_the_log_has_these_figures(four_ranks, loop, monkeypatch):
         "bad_samples": 2,
         "mfu": 2.0**-7,  # 32 x 2**30 of 4 x 2**40 operations a second
         "flops_per_image": 2.0**30,
+        "flops_over_one_teacher": 0.75,
         "memory_gb": 2.048,
     }
     new = {"step": 5, "epoch": 1.6, "samples_seen": 160, "loss": 9.5, "loss_feature": 95.0, "loss_relation": 950.0}

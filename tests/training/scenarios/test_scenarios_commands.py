@@ -61,7 +61,10 @@ def test_a_smoke_run_prints_its_figures_once_and_leaves_nothing_behind(stage, wo
     assert (code, other_code, other_text) == (0, 0, "")
     lines = text.splitlines()
     assert lines[0].startswith(f"smoke run of smoke: 2 ranks, ZeRO-{stage}, fp32, micro-batch 1, no accumulation")
-    assert [line.split(":")[0] for line in lines[1:]] == ["step 1", "step 2", "FLOPs an image", "peak memory a rank"]
+    against = "FLOPs against the feature teacher alone, no masks"
+    heads = ["step 1", "step 2", "FLOPs an image", against, "peak memory a rank"]
+    assert [line.split(":")[0] for line in lines[1:]] == heads
     assert float(lines[3].split(": ")[1].split()[0]) > 0
-    assert len(lines[4].split(": ")[1].split(", ")) == 3  # two ranks, and a remark
+    assert 0.5 < float(lines[4].split(": ")[1].split()[0]) < 1  # 21 of 64 patches
+    assert len(lines[5].split(": ")[1].split(", ")) == 3  # two ranks, and a remark
     assert not (world.folder / "runs/smoke").exists()
