@@ -164,7 +164,7 @@ def test_a_student_without_relation_teacher_needs_the_block_all_the_same(world):
 def test_norms_are_means_over_ranks_and_micro_steps_and_their_seconds_a_sum(world, process_group, monkeypatch):
     setting = Setting(world)
     first = measured(setting)
-    now = iter([10.0, 11.0, 20.0, 23.0])
+    now = iter([10.0, 11.0, 20.0, 23.0, 30.0, 30.5])
     monkeypatch.setattr("hdscale.training.gradient_norms.time", SimpleNamespace(perf_counter=lambda: next(now)))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(torch.tensor([1.0, 2.0, 6.0])))
     norms = GradientNorms(setting.engine, setting.recipe, CPU._replace(world_size=2), accumulation=2)
@@ -174,13 +174,16 @@ def test_norms_are_means_over_ranks_and_micro_steps_and_their_seconds_a_sum(worl
     with norms.beside(1):
         setting.forward()
     found = norms.read()
+    assert norms.read() == {}  # since then, nothing was measured
+    with norms.beside(1):
+        setting.forward()
+    assert norms.read()["gradient_norm_seconds"] == (0.5 + 6.0) / 2
     monkeypatch.undo()
     second = measured(setting)
     for name, other in (("gradient_norm_feature", 1.0), ("gradient_norm_relation", 2.0)):
         assert abs(first[name] / second[name] - 1) > 1e-3
         assert found[name] == pytest.approx(((first[name] + second[name]) / 2 + other) / 2, rel=1e-5)
     assert found["gradient_norm_seconds"] == (4.0 + 6.0) / 2
-    assert norms.read() == {}  # since then, nothing was measured
 
 
 def test_what_was_measured_waits_for_the_next_line(world, process_group):
