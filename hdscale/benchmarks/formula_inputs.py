@@ -57,7 +57,8 @@ def tokens_of(session: Session, images: Tensor, keep_indices: Tensor | None) -> 
         num_compared=patches,
         relation_tokens=patches + (student.num_prefix_tokens if distiller.cls_in_relation else 0),
         relation_layers=relations,
-        drop_path=recipe.student.drop_path > 0,
+        # Draws by sample are there before the forward pass.
+        drop_path=recipe.student.drop_path > 0 and recipe.student.drop_path_per == "rank",
     )
 
 

@@ -37,7 +37,7 @@ from hdscale.engine.zero_internals import (
     optimizer_groups,
     parameter_bytes,
 )
-from hdscale.training.loop import run_loader, seed_everything, to_device
+from hdscale.training.loop import run_loader, set_drop_path, to_device
 from hdscale.training.run import Session
 from hdscale.training.smoke import generated_session
 
@@ -172,7 +172,7 @@ class _Steps:
         parts: dict[str, list[Traffic]] = {"student": [], "teachers": []}
         self._collectives.read()
         for micro_step in range(self.trial.accumulation):
-            seed_everything(session.run.recipe.run.seed, 0, micro_step, session.ranks.rank)
+            set_drop_path(session, 0, micro_step)
             with LiveBytes() as teachers_made, _counting_gathers(teachers_made):
                 images, targets = session.ask_teachers(to_device(next(self._batches), session.ranks))
             parts["teachers"].append(self._collectives.read())

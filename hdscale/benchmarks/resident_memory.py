@@ -26,7 +26,7 @@ from hdscale.config.deepspeed import with_zero
 from hdscale.config.recipe import Recipe
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero_internals import optimizer_groups
-from hdscale.training.loop import run_loader, to_device
+from hdscale.training.loop import run_loader, set_drop_path, to_device
 from hdscale.training.run import Session
 from hdscale.training.smoke import generated_session
 
@@ -92,7 +92,8 @@ def measure_resident(
 
 def _train(session: Session, steps: int) -> Tokens:
     tokens = None
-    for batch in run_loader(session, 0, steps):
+    for step, batch in enumerate(run_loader(session, 0, steps)):  # micro-steps are steps here
+        set_drop_path(session, step, 0)
         images, targets = session.ask_teachers(to_device(batch, session.ranks))
         terms = session.engine(images, targets)
         session.engine.backward(terms.total)

@@ -9,7 +9,7 @@ import torch
 
 from hdscale.cli import EXIT_DONE, EXIT_STOPPED
 from hdscale.data.loader import RankShare, TrainLoader
-from hdscale.data.order import build_order
+from hdscale.data.order import build_order, positions_of
 from hdscale.engine.ranks import Ranks
 from hdscale.engine.zero_internals import Engine
 from hdscale.engine.zero_state import gather_shard, optimizer_state
@@ -17,6 +17,7 @@ from hdscale.hashing import hash64
 from hdscale.progress import Progress
 from hdscale.runs.checkpoint import save_checkpoint
 from hdscale.runs.metrics import MetricsWriter
+from hdscale.student.drop_path import draw_drop_path
 from hdscale.training.gradient_norms import GradientNorms
 from hdscale.training.meter import Meter, log_line, progress_text
 from hdscale.training.quarantine import Quarantine
@@ -93,7 +94,7 @@ def train(
     while step < run.end_step:
         _set_lr(engine, run.schedule.lr(step))
         for micro_step in range(run.accumulation):
-            seed_everything(recipe.run.seed, step, micro_step, ranks.rank)
+            set_drop_path(session, step, micro_step)
             batch = meter.wait_for(batches)
             quarantine.add(batch.bad)
             with norms.beside(step + 1):
@@ -133,9 +134,19 @@ def train_step(session: Session, batch: Batch) -> LossTerms:
     return LossTerms(*(term.detach() for term in terms))
 
 
-def seed_everything(seed: int, step: int, micro_step: int, rank: int) -> None:
-    """Seed drop-path from where we are, so that a resumed run needs no saved random state."""
-    torch.manual_seed(int(hash64(seed, step, micro_step, rank)) >> 1)
+def set_drop_path(session: Session, step: int, micro_step: int) -> None:
+    """Decide from where we are which branches the next forward drops: a resumed run needs no saved random state.
+
+    Nothing else in training is drawn from torch's generator.
+    """
+    run, ranks = session.run, session.ranks
+    recipe = run.recipe
+    if recipe.student.drop_path_per == "rank":
+        torch.manual_seed(int(hash64(recipe.run.seed, step, micro_step, ranks.rank)) >> 1)
+        return
+    micro_batch_size = recipe.optim.micro_batch_size
+    positions = positions_of(step, ranks.rank, ranks.world_size, micro_batch_size, run.accumulation)[micro_step]
+    draw_drop_path(session.engine.module, recipe.run.seed, positions, ranks.device)
 
 
 def to_device(batch: Batch, ranks: Ranks) -> Batch:

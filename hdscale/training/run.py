@@ -28,6 +28,7 @@ from hdscale.hashing import short_value
 from hdscale.runs.checkpoint import Checkpoint, newest_checkpoint
 from hdscale.runs.folder import check_recipe_unchanged, mark_done, run_folder_of, write_run_folder
 from hdscale.student.build import student_grid_size
+from hdscale.student.drop_path import use_sample_drop_path
 from hdscale.training.gradient_norms import check_measurable
 from hdscale.training.schedule import Schedule, build_schedule
 from hdscale.types import Batch
@@ -131,6 +132,8 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
     _check_ranks_agree(run, ranks)
     if run.checkpoint is not None:
         module.load_state_dict(run.checkpoint.module_state())
+    if run.recipe.student.drop_path_per == "sample":
+        use_sample_drop_path(module)
     engine = build_student_engine(module, run.ds_config, run.recipe.optim)
     if run.checkpoint is not None:
         restore(engine, run.checkpoint)

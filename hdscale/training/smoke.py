@@ -27,7 +27,7 @@ from hdscale.shards.split import SplitSettings, assign_splits
 from hdscale.shards.writer import SplitJob, write_split
 from hdscale.teachers.build import FrozenTeacher
 from hdscale.training.distill import build_models, start
-from hdscale.training.loop import run_loader, seed_everything, to_device, train_step
+from hdscale.training.loop import run_loader, set_drop_path, to_device, train_step
 from hdscale.training.masks import store_fingerprint
 from hdscale.training.meter import peak_memory_gb
 from hdscale.training.run import Run, Session, check_run
@@ -96,13 +96,13 @@ def generated_session(
 
 
 def _run_steps(session: Session, steps: int) -> _Figures:
-    run, ranks = session.run, session.ranks
+    ranks = session.ranks
     batches = iter(run_loader(session, 0, steps))
     seconds: list[float] = []
     losses: list[float] = []
     flops = 0
     for step in range(steps):
-        seed_everything(run.recipe.run.seed, step, 0, ranks.rank)
+        set_drop_path(session, step, 0)
         start = time.perf_counter()
         # The first step is counted: that leaves attention unfused, which costs a little time and memory.
         if step == 0:

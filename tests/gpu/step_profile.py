@@ -12,7 +12,7 @@ import torch
 
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
-from hdscale.training.loop import run_loader, to_device, train_step
+from hdscale.training.loop import run_loader, set_drop_path, to_device, train_step
 from hdscale.training.smoke import generated_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +79,7 @@ def main():
         started = time.perf_counter() - start
         loader = run_loader(session, 0, 1)
         batch = to_device(next(iter(loader)), session.ranks)
+        set_drop_path(session, 0, 0)
         seconds_per_step(session, batch, WARM_UP)
         seconds = seconds_per_step(session, batch, STEPS)
         parts = profile_parts(session, batch)

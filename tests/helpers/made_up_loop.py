@@ -7,10 +7,18 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from hdscale.config.sections import CheckpointConfig, LogConfig, OptimConfig, RunConfig, ScheduleConfig
+from hdscale.config.sections import (
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    StudentConfig,
+)
 from hdscale.engine.collectives import Operation, Traffic
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
+from hdscale.student.drop_path import SampleDropPath
 from hdscale.training import loop as loop_module
 from hdscale.training import meter
 from hdscale.training.loop import train
@@ -24,11 +32,23 @@ MICRO_BATCH = 4
 SHORT, LONG = Schedule(total_steps=5, warmup_steps=1, peak_lr=0.5, min_lr=0.25), Schedule(100, 0, 0.5, 0.25)
 
 
-def short_run(*, schedule=SHORT, start_step=0, end_step=None, accumulation=2, seed=7, log=1, save=1000, keep=3):
+def short_run(
+    *,
+    schedule=SHORT,
+    start_step=0,
+    end_step=None,
+    accumulation=2,
+    seed=7,
+    log=1,
+    save=1000,
+    keep=3,
+    drop_path_per="sample",
+):
     """Return a run of five steps, which logs and saves every so many; its folder is the loop's."""
     recipe = SimpleNamespace(
         run=RunConfig(seed=seed),
-        optim=OptimConfig(global_batch_size=32),
+        optim=OptimConfig(global_batch_size=32, micro_batch_size=MICRO_BATCH),
+        student=StudentConfig(drop_path_per=drop_path_per),
         schedule=ScheduleConfig(stop_after=end_step),
         log=LogConfig(every_steps=log),
         checkpoint=CheckpointConfig(every_steps=save, keep=keep),
@@ -69,6 +89,7 @@ class Engine:
         self.module = nn.Module()
         self.module.weight = Weight(torch.full((3,), float(start_step)))
         self.module.weight.loop = loop
+        self.module.drop_path = SampleDropPath(0.5)
         self.state = {"step": torch.tensor(float(start_step))}
         self.optimizer = SimpleNamespace(
             param_groups=[{"lr": math.nan}, {"lr": math.nan}],
@@ -77,10 +98,11 @@ class Engine:
             optimizer=SimpleNamespace(state={"flat": self.state}),
         )
         self.skipped_steps, self.norm = 12, torch.tensor(1.5)
-        self.diary, self.seeds, self.rates, self.micro_steps = [], [], [], 0
+        self.diary, self.seeds, self.draws, self.rates, self.micro_steps = [], [], [], [], 0
 
     def __call__(self, images, targets):
         self.seeds.append(torch.initial_seed())
+        self.draws.append(self.module.drop_path.factors)
         self.diary.append(("forward", images, targets))
         self.loop.before_forward()
         self.loop.now += self.loop.computing

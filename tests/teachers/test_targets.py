@@ -1,12 +1,16 @@
 import pytest
 import torch
 
+from hdscale.config.loading import load_recipe
 from hdscale.config.sections import MaskConfig, RelationConfig
+from hdscale.data.loader import RankShare, TrainLoader
+from hdscale.data.order import build_order
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair, online_keep_indices
 from hdscale.types import Batch
+from tests.helpers.launcher import ROOT
 
 
 class Counting:
@@ -129,6 +133,28 @@ def test_the_relation_teacher_gives_tokens_of_its_layers(source, target, cls, ti
         rows = [([0] if cls else []) + (1 + kept).tolist() for kept in targets.keep_indices]
         wanted = torch.stack([image[row] for image, row in zip(everything, rows, strict=True)])
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_two_epochs_of_the_demo_with_fresh_views_and_random_masks_repeat_no_mask(digits):
+    random = ["data.views=fresh", "mask.strategy=random", "data.workers=0"]
+    recipe = load_recipe(ROOT / "launch/recipes/demo_hybrid.yaml", random)
+    size, seed, order = 64, recipe.run.seed, build_order(digits.index, recipe.data, recipe.run.seed)
+    steps = range(2 * digits.num_samples // size)
+    loader = TrainLoader(digits, order, recipe.data, seed, RankShare(0, 1, size, size), steps)
+    pair = TeacherPair(
+        None,
+        None,
+        relation_config=recipe.relation,
+        mask_config=recipe.mask,
+        seed=seed,
+        num_patches=64,
+        cls_in_relation=True,
+    )
+    seen, shown = set(), set()
+    for batch in loader:
+        seen |= {tuple(row) for row in pair(batch).keep_indices.tolist()}
+        shown |= set(zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True))
+    assert len(seen) == len(shown) == len(steps) * size
 
 
 @pytest.mark.parametrize("random_per", ["epoch", "view"])

@@ -13,6 +13,8 @@ from hdscale.training.loop import to_device
 from hdscale.types import Batch
 from tests.helpers.made_up_loop import long_run, short_run
 
+GOLDEN_SEEDS = [1583996074815021703, 159805973055381846]
+
 
 def test_a_step_is_forward_backward_of_the_total_and_step_for_every_micro_batch(loop):
     assert loop.train(short_run(end_step=1)) == 1
@@ -107,17 +109,17 @@ def test_a_resumed_run_takes_the_rates_of_its_steps(new_loop):
     assert [line["samples_seen"] for line in resumed.lines] == [128, 160]
 
 
-def seeds(loop, run=None, rank=0):
-    loop.train(run, ranks=(rank, 4))
+def seeds(loop, rank=0, **settings):
+    loop.train(short_run(drop_path_per="rank", **settings), ranks=(rank, 4))
     return loop.engine.seeds
 
 
 @pytest.mark.usefixtures("four_ranks")
-def test_no_two_micro_steps_or_ranks_or_runs_draw_alike_and_a_resumed_run_draws_as_before(new_loop):
+def test_by_rank_no_two_micro_steps_or_ranks_or_runs_draw_alike_and_a_resumed_run_draws_as_before(new_loop):
     first, last = seeds(new_loop()), seeds(new_loop(), rank=3)
-    other = seeds(new_loop(), short_run(seed=8))
+    other = seeds(new_loop(), seed=8)
     assert len({*first, *last, *other}) == 30
-    assert seeds(new_loop(), short_run(start_step=2), rank=3) == last[4:]
+    assert seeds(new_loop(), rank=3, start_step=2) == last[4:]
 
 
 def test_ranks_that_write_nothing_reduce_as_often_as_the_one_that_writes(new_loop, monkeypatch):
@@ -155,3 +157,29 @@ def test_the_device_gets_what_it_computes_on_and_the_cpu_keeps_the_rest(keep_ind
     on_device = {"images", "labels", "keep_indices"} - ({"keep_indices"} if keep_indices is None else set())
     assert {name for name, value in moved._asdict().items() if getattr(value, "is_meta", False)} == on_device
     assert (moved.keep_indices is None) == (keep_indices is None)
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_draws_by_rank_are_those_of_earlier_versions(loop):
+    """Runs that were started with them go on."""
+    assert seeds(loop, end_step=1) == GOLDEN_SEEDS
+    assert loop.engine.draws == [None, None]
+
+
+def draws(loop, ranks=(0, 1), **settings):
+    """Train and return what each micro-step was to drop."""
+    state = torch.get_rng_state()
+    loop.train(short_run(**settings), ranks=ranks)
+    assert torch.equal(torch.get_rng_state(), state)
+    return loop.engine.draws
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_by_sample_four_ranks_together_draw_what_one_does_and_a_resumed_run_what_is_left(new_loop):
+    alone = torch.cat(draws(new_loop(), accumulation=8))
+    by_rank = [torch.stack(draws(new_loop(), ranks=(rank, 4))) for rank in range(4)]  # (micro-steps, B) each
+    assert torch.equal(torch.stack(by_rank, dim=1).flatten(), alone)
+    assert not torch.equal(alone[:32], alone[32:64])
+    resumed = draws(new_loop(), start_step=2, accumulation=8)
+    assert torch.equal(torch.cat(resumed), alone[2 * 32 :])
+    assert not torch.equal(torch.cat(draws(new_loop(), seed=8, accumulation=8)), alone)
