@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
     num_compared: int = 0  # patches whose features are compared
     relation_tokens: int = 0  # S, tokens whose relations are compared
     relation_layers: int = 0
-    drop_path: bool = False
+    drop_path: bool = False  # draws are made in the forward pass
 
 
 def element_bytes(precision: Precision) -> int:

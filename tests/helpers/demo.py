@@ -7,6 +7,7 @@ from tests.conftest import NUM_SAMPLES, write_shards, write_teacher
 from tests.helpers.launcher import ROOT
 
 STEPS = 12
+SHARDED = ["feature_teacher.sharding=zero3", "relation_teacher.sharding=zero3"]
 
 
 def write_demo(folder):
@@ -30,7 +31,7 @@ def demo_overrides(folder, name):
         "optim.micro_batch_size": 8,
         "schedule.epochs": (STEPS + 0.5) * 16 / NUM_SAMPLES,
         "log.every_steps": 1,
-        "student.drop_path": 0,
+        "student.drop_path": 0.2,
     }
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -38,3 +39,10 @@ def demo_overrides(folder, name):
 def logged(folder, name):
     """Return the lines of a run's log."""
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder, name):
+    """Return a run's logged losses by step; every step stands there exactly once."""
+    lines = logged(folder, name)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]

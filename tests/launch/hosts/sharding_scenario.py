@@ -1,4 +1,4 @@
-"""Run under the DeepSpeed launcher on several hosts: teachers of every sharding, asked about the same batch.
+"""Run under the DeepSpeed launcher on several hosts: teachers of every sharding, asked about the same batch; a run.
 
 python tests/launch/hosts/sharding_scenario.py RECIPE OUTPUT
 """
@@ -15,7 +15,8 @@ from hdscale.config.loading import load_recipe
 from hdscale.engine.collectives import watch_collectives
 from hdscale.engine.ranks import distributed
 from hdscale.engine.zero_internals import held_elements
-from hdscale.training.loop import run_loader, train_step
+from hdscale.training.distill import distill
+from hdscale.training.loop import run_loader, set_drop_path, train_step
 from tests.helpers.sessions import started
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +43,7 @@ def main(recipe, output):
                 dist.barrier()
                 sent, traffic = _sent() - before, watch_collectives().read()
                 outputs[sharding] = [targets.features, targets.keep_indices, *targets.relations]
+                set_drop_path(session, 0, 0)
                 found[sharding] = {
                     "held": {name: held_elements(teacher) for name, teacher in session.teacher_engines.items()},
                     "gathered_bytes": traffic.total.received_bytes,
@@ -52,8 +54,9 @@ def main(recipe, output):
                 dist.barrier()
         for sharding in SHARDINGS:
             found[sharding]["equal"] = all(map(torch.equal, outputs[sharding], outputs["replicate"]))
+        code = distill(load_recipe(Path(recipe), ["run.name=four"]), config, teacher_config)
         everyone = [None] * ranks.world_size
-        dist.all_gather_object(everyone, {"hosts": ranks.hosts, **found})
+        dist.all_gather_object(everyone, {"hosts": ranks.hosts, "code": code, **found})
         if ranks.is_first:
             Path(output).write_text(json.dumps(everyone))
 

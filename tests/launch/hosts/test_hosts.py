@@ -11,45 +11,13 @@ import pytest
 
 from hdscale.runs.checkpoint import require_checkpoint
 from tests.conftest import write_shards
-from tests.helpers.demo import STEPS, demo_overrides, logged
+from tests.helpers.demo import SHARDED, STEPS, logged, losses
 from tests.helpers.launcher import ROOT, until
-
-SHARDED = ["feature_teacher.sharding=zero3", "relation_teacher.sharding=zero3"]
-
-
-@pytest.fixture(scope="module")
-def launch(cluster, demo):
-    """Run the README's command on node1; return how it ended."""
-
-    def command(name, *overrides, hostfile, ds_config="ds_configs/zero2.json"):
-        words = demo_overrides(demo, name)
-        recipe = ["--recipe", demo / "recipe.yaml", "--ds_config", ds_config]
-        return ["deepspeed", "--hostfile", hostfile, "launch/train.py", *recipe, *words, *overrides]
-
-    def run(*args, **kwargs):
-        return cluster.run(*command(*args, **kwargs), cwd=ROOT)
-
-    run.command = command
-    return run
-
-
-def losses(demo, name):
-    lines = logged(demo, name)
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
 
 
 def errors(done):
     """Return the messages of hdscale among what the launcher, pdsh and all hosts have said."""
     return [line for line in re.split(r"\n", done.stderr) if re.search(r"(^|: )error( \(rank|:)", line)]
-
-
-@pytest.fixture(scope="module")
-def losses_of_one_host(launch, cluster, demo):
-    """What two ranks of one host log."""
-    done = launch("one", *SHARDED, hostfile=cluster.hostfile(1, slots=2))
-    assert done.returncode == 0, done.stderr
-    return losses(demo, "one")
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

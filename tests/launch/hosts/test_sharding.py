@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hdscale.config.loading import dump_recipe, load_recipe
-from tests.helpers.demo import demo_overrides
+from tests.helpers.demo import demo_overrides, losses
 from tests.helpers.launcher import ROOT
 
 
@@ -47,3 +47,8 @@ def test_a_student_trains_on_all_ranks_whatever_its_teachers_groups(shardings):
     losses = {found[sharding]["loss"] for found in shardings for sharding in ("node", "zero3", "replicate")}
     assert len(losses) == 4  # one per rank: each has its own pictures
     assert all(found[sharding]["dp_world_size"] == 4 for found in shardings for sharding in ("node", "zero3"))
+
+
+def test_four_ranks_on_two_hosts_train_with_drop_path_as_two_on_one_do(shardings, demo, losses_of_one_host):
+    assert {found["code"] for found in shardings} == {0}
+    assert losses(demo, "four") == pytest.approx(losses_of_one_host, rel=1e-5)

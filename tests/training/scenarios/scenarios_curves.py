@@ -56,7 +56,7 @@ OTHERS = {
 def others(lab):
     """Take a few steps with each of the paper's other targets, masks and baselines."""
     count = lab.ranks.world_size
-    small = [f"optim.micro_batch_size={16 // count}", "schedule.stop_after=3"]
+    small = [f"optim.micro_batch_size={16 // count}", "schedule.stop_after=3", DROP_PATH]
     stage, sharding = ("3all", []) if count > 1 else (2, REPLICATED)
     return {name: lab.distill(f"{name}-of-{count}", stage, *small, *sharding, *OTHERS[name]) for name in OTHERS}
 

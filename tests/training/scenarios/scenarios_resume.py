@@ -10,7 +10,7 @@ from hdscale.config.deepspeed import load_ds_config
 from hdscale.engine.zero_state import gather_shard
 from hdscale.training.distill import distill
 from hdscale.training.loop import run_loader, train_run
-from tests.helpers.whole_runs import STOP
+from tests.helpers.whole_runs import STEPS, STOP
 from tests.training.scenarios.lab import DROP_PATH, REPLICATED, ROOT, watched_optimizers
 
 TO_STOP = {2: [DROP_PATH, *REPLICATED], "3all": [DROP_PATH]}
@@ -57,7 +57,8 @@ def interrupt(lab):
 
 def elastic_source(lab):
     """Leave checkpoints behind, of both stages."""
-    return [lab.distill(f"elastic-from-{stage}", stage, f"schedule.stop_after={STOP}") for stage in (2, "3all")]
+    stop = f"schedule.stop_after={STOP}"
+    return [lab.distill(f"elastic-from-{stage}", stage, *TO_STOP[stage], stop) for stage in (2, "3all")]
 
 
 def elastic(lab):
@@ -66,11 +67,11 @@ def elastic(lab):
     for source, stage in ((2, 2), (2, "3all"), ("3all", 2)):
         name = f"elastic-{source}-to-{stage}-of-{lab.ranks.world_size}"
         lab.copy_run(f"elastic-from-{source}", name)
-        with lab.session(name, stage, f"schedule.stop_after={STOP + 3}") as session:
+        with lab.session(name, stage, *TO_STOP[stage]) as session:
             assert session.run.checkpoint.step == STOP
             shard = gather_shard(session.engine, lab.ranks.rank, lab.ranks.world_size)
             save_file(shard, lab.folder / f"{name}-{lab.ranks.rank}.safetensors")
-            batches = list(run_loader(session, STOP, STOP + 3))
+            batches = list(run_loader(session, STOP, STEPS))
             ids = lab.everyone([batch.sample_ids.tolist() for batch in batches])
             found[name] = {"ids": ids, "code": train_run(session)}
     return found
@@ -79,7 +80,7 @@ def elastic(lab):
 def bf16(lab):
     found = {}
     four_steps = ["run.precision=bf16", "mask.source=online", DROP_PATH, "schedule.epochs=1.07"]
-    for stage, low in ((2, [*four_steps, *REPLICATED]), (3, four_steps)):
+    for stage, low in ((2, [*four_steps, *REPLICATED, "student.drop_path_per=rank"]), (3, four_steps)):
         with lab.session(f"bf16-whole-z{stage}", stage, *low) as session:
             seen = []
             session.engine.module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given))
