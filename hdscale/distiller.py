@@ -18,7 +18,7 @@ from hdscale.student.build import Student, build_student
 from hdscale.student.decoder import TransformerDecoder, build_decoder
 from hdscale.student.heads import build_head, build_layer_heads
 from hdscale.types import LossTerms, Targets, TeacherShapes, ViTOutput
-from hdscale.vit.tokens import other_indices, relation_tokens, take_rows
+from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
 
 
 class Distiller(nn.Module):
@@ -36,6 +36,7 @@ class Distiller(nn.Module):
         loss: LossConfig,
         *,
         cls_in_relation: bool,
+        cls_in_features: bool = False,
         layer_heads: nn.ModuleList | None = None,
         decoder: TransformerDecoder | None = None,
     ) -> None:
@@ -47,6 +48,7 @@ class Distiller(nn.Module):
             relation: how relations are made and compared.
             loss: weights of Eq. 1.
             cls_in_relation: the teacher's relations have the class token as their first row and column.
+            cls_in_features: the teacher's features have the class token as their first row.
             layer_heads: student width to relation teacher width, one per relation layer, where `relation.target` is
                 tokens and the widths differ.
             decoder: blocks before the head; None: none.
@@ -58,6 +60,7 @@ class Distiller(nn.Module):
         self.relation = relation
         self.loss = loss
         self.cls_in_relation = cls_in_relation
+        self.cls_in_features = cls_in_features
         self.layer_heads = layer_heads
 
     def forward(self, images: Tensor, targets: Targets) -> LossTerms:
@@ -79,17 +82,26 @@ class Distiller(nn.Module):
             return torch.zeros((), device=output.patch_tokens.device)
         tokens = output.patch_tokens
         if self.decoder is not None:
-            tokens = self.decoder(output.prefix_tokens, tokens, targets.keep_indices)  # (B, K or N, decoder width)
-        tokens = self.head(self._compared(tokens, targets.keep_indices))  # (B, K, N - K or N, T)
+            prefix, cls = output.prefix_tokens, self.cls_in_features
+            tokens = self.decoder(prefix, tokens, targets.keep_indices, cls=cls)  # (B, (1) + K or N, decoder width)
+        elif self.cls_in_features:
+            assert output.prefix_tokens is not None
+            tokens = torch.cat([output.prefix_tokens[:, :1], tokens], dim=1)
+        tokens = self.head(self._compared(tokens, targets.keep_indices))  # (B, (1) + K, N - K or N, T)
         return feature_loss(tokens, targets.features, self.loss.beta, self.loss.target_norm)
 
     def _compared(self, tokens: Tensor, keep_indices: Tensor | None) -> Tensor:
-        """Take the patches of `loss.features_on` out of all N, where there are that many, or the K kept ones."""
+        """Take the patches of `loss.features_on` out of all N, where there are that many, or the K kept ones.
+
+        The class token, which comes first if it is there, always stays.
+        """
         if keep_indices is None or self.loss.features_on == "all":
             return tokens
+        num_cls = int(self.cls_in_features)
+        num_patches = tokens.shape[1] - num_cls
         if self.loss.features_on == "hidden":
-            return take_rows(tokens, other_indices(keep_indices, tokens.shape[1]))
-        return tokens if tokens.shape[1] == keep_indices.shape[1] else take_rows(tokens, keep_indices)
+            return take_rows(tokens, token_rows(other_indices(keep_indices, num_patches), num_cls))
+        return tokens if num_patches == keep_indices.shape[1] else take_rows(tokens, token_rows(keep_indices, num_cls))
 
     def _relation_term(self, output: ViTOutput, targets: Targets) -> Tensor:
         assert output.patch_tokens is not None
@@ -126,6 +138,11 @@ class Distiller(nn.Module):
 def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
     """Tell whether relations have the class token's row and column: both sides must have one (TinyMIM, FD)."""
     return relation.cls == "include" and student_has_cls and teacher_has_cls
+
+
+def features_include_cls(loss: LossConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
+    """Tell whether the feature term has the class token as its first row: both sides must have one (dBOT, FD)."""
+    return loss.cls == "include" and student_has_cls and teacher_has_cls
 
 
 def check_heads(relation: RelationConfig, *, student_heads: int, teacher_heads: int) -> None:
@@ -179,9 +196,18 @@ def build_distiller(
         decoder = build_decoder(student, model, seed=seed)
         width = model.embed_dim if decoder is None else decoder.decoder_dim
         head = build_head(student, width, teachers.feature_dim, seed=seed)
-    include = relations_include_cls(relation, student_has_cls=model.has_cls, teacher_has_cls=teachers.teacher_has_cls)
     layer_heads = None
     if teachers.relation_heads is not None and relation.target != "relation":
         assert teachers.relation_dim is not None, "token targets have a width"
         layer_heads = build_layer_heads(len(layers), model.embed_dim, teachers.relation_dim, seed=seed)
-    return Distiller(model, head, relation, loss, cls_in_relation=include, layer_heads=layer_heads, decoder=decoder)
+    has = model.has_cls
+    return Distiller(
+        model,
+        head,
+        relation,
+        loss,
+        cls_in_relation=relations_include_cls(relation, student_has_cls=has, teacher_has_cls=teachers.teacher_has_cls),
+        cls_in_features=features_include_cls(loss, student_has_cls=has, teacher_has_cls=teachers.feature_has_cls),
+        layer_heads=layer_heads,
+        decoder=decoder,
+    )

@@ -49,6 +49,7 @@ class HeadSizes(NamedTuple):
     mask_tokens: Literal["none", "encoder", "decoder"] = "none"
     linear: bool = True
     decoder: DecoderSizes | None = None
+    cls: bool = False  # the class token is predicted, too
 
 
 class RelationUse(NamedTuple):
@@ -131,24 +132,27 @@ def relation_teacher_flops(
     return embed_flops(vit) + blocks + query_key + relations
 
 
-def feature_teacher_flops(vit: ViTSizes, num_keep: int | None = None, projected_dim: int = 0) -> int:
+def feature_teacher_flops(
+    vit: ViTSizes, num_keep: int | None = None, projected_dim: int = 0, *, project_prefix: bool = False
+) -> int:
     """FLOPs of the feature teacher's forward on one image, whose last block finishes prefix and kept tokens only.
 
     Args:
         vit: the teacher, which sees all patches; the last block stays whole where it is not plain.
         num_keep: patches whose features are taken, or None for all: then nothing is pruned.
         projected_dim: width of CLIP's projection, where the target is projected.
+        project_prefix: prefix tokens are projected, too.
     """
     num_tokens, dim = _num_tokens(vit), vit.embed_dim
     block = block_flops(num_tokens, dim, vit.mlp_ratio)
-    patches = vit.num_patches if num_keep is None else num_keep
+    projected = (vit.num_patches if num_keep is None else num_keep) + project_prefix * vit.num_prefix_tokens
     last = block
     if num_keep is not None and vit.is_plain:
         key_value = 2 * num_tokens * dim * 2 * dim
         asking = _num_tokens(vit, num_keep)
         rest = 2 * asking * dim * (2 * dim + _mlp_widths(dim, vit.mlp_ratio))  # query, projection and MLP
         last = key_value + rest + 4 * asking * num_tokens * dim
-    return embed_flops(vit) + (vit.depth - 1) * block + last + 2 * patches * dim * projected_dim
+    return embed_flops(vit) + (vit.depth - 1) * block + last + 2 * projected * dim * projected_dim
 
 
 def hybrid_step_flops(
@@ -160,6 +164,7 @@ def hybrid_step_flops(
     relation: RelationUse = RelationUse(),  # noqa: B008 - immutable
     head: HeadSizes = HeadSizes(),  # noqa: B008 - immutable
     projected_dim: int = 0,
+    project_prefix: bool = False,
 ) -> int:
     """FLOPs of one training step per image (Eq. 1): student forward and backward, each teacher once.
 
@@ -171,6 +176,7 @@ def hybrid_step_flops(
         relation: what the step takes from the relation teacher.
         head: what predicts the feature teacher's tokens.
         projected_dim: width of CLIP's projection, where the feature target is projected.
+        project_prefix: the teacher's prefix tokens are projected, too.
     """
     with_qk = relation.target == "relation"
     relations = len(relation.layers) if relation_teacher and with_qk else 0
@@ -181,7 +187,7 @@ def hybrid_step_flops(
     total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims, head=head)
     if feature_teacher:
         asked = None if num_keep is None or head.features_on == "all" else _num_compared(student, num_keep, head)
-        total += feature_teacher_flops(feature_teacher, asked, projected_dim)
+        total += feature_teacher_flops(feature_teacher, asked, projected_dim, project_prefix=project_prefix)
     if relation_teacher:
         total += relation_teacher_flops(relation_teacher, num_keep, relation)
     return total
@@ -251,7 +257,7 @@ def _head_flops(vit: ViTSizes, num_keep: int | None, num_tokens: int, teacher_di
         dim = decoder.embed_dim
         decoded = num_tokens if head.mask_tokens == "none" else _num_tokens(vit)
         flops += decoder.depth * block_flops(decoded, dim, decoder.mlp_ratio)
-    return flops + head.linear * 2 * _num_compared(vit, num_keep, head) * dim * teacher_dim
+    return flops + head.linear * 2 * (_num_compared(vit, num_keep, head) + head.cls) * dim * teacher_dim
 
 
 def _mlp_widths(embed_dim: int, mlp_ratio: float) -> int:
@@ -283,6 +289,7 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
         recipe.student.mask_tokens,
         linear=recipe.student.decoder != "identity",
         decoder=decoder,
+        cls=distiller.cls_in_features,
     )
     mask_blocks = 0
     if mask.is_online:
@@ -301,6 +308,7 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
         ),
         head=head,
         projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,
+        project_prefix=teachers.feature is not None and teachers.feature.encoder.outputs.project_prefix,
     )
 
 

@@ -44,7 +44,8 @@ class ViTOutput(NamedTuple):
     stage_tokens: tuple[Tensor, ...]  # per mask layer (B, N, T) patch tokens
     layer_tokens: tuple[Tensor, ...] = ()  # per relation layer (B, P + N or K, T), where they take the place of Q and K
     keep_indices: Tensor | None = None  # (B, K) int64 ascending, of a model that drops patches between its blocks
-    prefix_tokens: Tensor | None = None  # (B, P, T): class token and registers, as `patch_tokens`, never projected
+    prefix_tokens: Tensor | None = None
+    """(B, P, T): class token and registers, as `patch_tokens`, but projected only by `Outputs.project_prefix`."""
     attention_bias: Tensor | None = None  # (B or 1, A, S, S): added to scaled logits of all S tokens that blocks see
 
 
@@ -52,7 +53,9 @@ class Targets(NamedTuple):
     """What the teachers say about one micro-batch: Eq. 1 without the student. Nothing here needs a gradient."""
 
     keep_indices: Tensor | None  # (B, K) int64 ascending; None: the student sees all N tokens
-    features: Tensor | None  # (B, K, N - K or N, T) feature teacher's tokens at `loss.features_on`, not standardised
+    features: Tensor | None
+    """(B, S, T): the feature teacher's tokens, not standardised: first its class token where that is compared, then the
+    K, N - K or N patches of `loss.features_on`."""
     relations: tuple[Tensor, ...]
     """Per relation layer (B, A or 1, P' + K, P' + K) float32, or tokens (B, P' + K, T) where `relation.target` asks for
     them; empty without that teacher."""
@@ -62,6 +65,7 @@ class TeacherShapes(NamedTuple):
     """What a student has to fit of its teachers."""
 
     feature_dim: int | None = None  # T, width of the feature teacher's tokens; None without one
+    feature_has_cls: bool = False  # whether the feature teacher has a class token
     relation_heads: int | None = None  # A, attention heads of the relation teacher; None without one
     relation_dim: int | None = None  # width of the relation teacher's tokens, where `relation.target` is tokens
     teacher_has_cls: bool = False  # whether the relation teacher has a class token

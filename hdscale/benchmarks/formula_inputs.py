@@ -54,7 +54,7 @@ def tokens_of(session: Session, images: Tensor, keep_indices: Tensor | None) -> 
         depth=student.depth,
         image_elements=images[0].numel(),
         teacher_dim=teacher_dim,
-        num_compared=patches,
+        num_compared=patches + distiller.cls_in_features,
         relation_tokens=patches + (student.num_prefix_tokens if distiller.cls_in_relation else 0),
         relation_layers=relations,
         # Draws by sample are there before the forward pass.

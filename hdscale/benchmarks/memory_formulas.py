@@ -47,7 +47,7 @@ class Tokens(NamedTuple):
     mlp_ratio: float = 4.0
     image_elements: int = 3 * 224 * 224
     teacher_dim: int = 0  # T, the feature teacher's width; 0: none
-    num_compared: int = 0  # patches whose features are compared
+    num_compared: int = 0  # patches, and a class token, whose features are compared
     relation_tokens: int = 0  # S, tokens whose relations are compared
     relation_layers: int = 0
     drop_path: bool = False  # draws are made in the forward pass

@@ -11,7 +11,7 @@ from hdscale.errors import UserError
 from hdscale.student.build import Student
 from hdscale.vit.encoder import with_queries_and_keys
 from hdscale.vit.position import sincos_position_embedding
-from hdscale.vit.tokens import take_rows, token_rows
+from hdscale.vit.tokens import relation_tokens, take_rows, token_rows
 
 _EPS = 1e-6
 
@@ -58,21 +58,24 @@ class TransformerDecoder(nn.Module):
         # Only where it is used: a parameter without a gradient stalls ZeRO.
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02) if mask_tokens else None
 
-    def forward(self, prefix_tokens: Tensor, patch_tokens: Tensor, keep_indices: Tensor | None) -> Tensor:
+    def forward(
+        self, prefix_tokens: Tensor, patch_tokens: Tensor, keep_indices: Tensor | None, *, cls: bool = False
+    ) -> Tensor:
         """Decode.
 
         Args:
             prefix_tokens: (B, P, D) of the student.
             patch_tokens: (B, K, D) of the kept patches, or (B, N, D) of all.
             keep_indices: (B, K) int64 ascending; None: all patches.
+            cls: give the class token, too.
 
         Returns:
-            (B, K or N, decoder width): with mask tokens, of all N patches.
+            (B, K or N, decoder width): with mask tokens, of all N patches. With `cls`, one row more, which comes first.
         """
         x = self._start(prefix_tokens, patch_tokens, keep_indices)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, self.num_prefix_tokens :])
+        return self.norm(relation_tokens(x, self.num_prefix_tokens, cls=cls))
 
     def queries_and_keys(
         self, prefix_tokens: Tensor, patch_tokens: Tensor

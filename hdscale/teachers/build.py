@@ -39,6 +39,7 @@ class Teachers(NamedTuple):
         """Return what a student has to fit."""
         return TeacherShapes(
             feature_dim=None if self.feature is None else self.feature.target_dim,
+            feature_has_cls=self.feature is not None and self.feature.has_cls,
             relation_heads=None if self.relation is None else self.relation.num_heads,
             relation_dim=None if self.relation is None else self.relation.embed_dim,
             teacher_has_cls=self.relation is not None and self.relation.has_cls,
@@ -52,7 +53,9 @@ def build_teachers(recipe: Recipe, grid_size: int) -> Teachers:
     """
     feature = relation = None
     if recipe.feature_teacher is not None:
-        feature = build_teacher(recipe.feature_teacher, role="feature", grid_size=grid_size, field="feature_teacher")
+        feature = build_teacher(
+            recipe.feature_teacher, role="feature", grid_size=grid_size, cls=recipe.loss.cls == "include"
+        )
     if recipe.relation_teacher is not None:
         relation = build_teacher(
             recipe.relation_teacher,
@@ -119,6 +122,7 @@ def build_teacher(
     relation_layers: Sequence[int] = (),
     layer_output: LayerOutput = "relation",
     mask: MaskConfig | None = None,
+    cls: bool = False,
     field: str = "feature_teacher",
 ) -> FrozenTeacher:
     """Build a frozen teacher in float32 on the CPU, pruned to what its role uses.
@@ -131,6 +135,7 @@ def build_teacher(
         relation_layers: blocks that give `layer_output`, 0-indexed, negative from the end.
         layer_output: of `hdscale.vit.encoder.Outputs`; the recipe's `relation.target`.
         mask: the recipe's section, to get the tokens by which the mask's strategy chooses; None: no such tokens.
+        cls: a projected target is wanted of the class token, too; a model without one leaves it out.
         field: the section's name, for messages.
 
     Raises:
@@ -141,9 +146,11 @@ def build_teacher(
     _set_input_size(model, config, grid_size, field)
     depth, heads, digest = len(model.blocks), num_heads(model), weights_digest(model.state_dict())
     stages = MaskStages((), "output") if mask is None else mask_stages(mask, depth)
+    final = None if role == "relation" else config.target
+    project_prefix = cls and final == "projected" and model.cls_token is not None
     encoder = ViTEncoder(
         model,
-        Outputs(relation_layers, layer_output, *stages, final=None if role == "relation" else config.target),
+        Outputs(relation_layers, layer_output, *stages, final, project_prefix),
         tokens="full",
         prune=role is not None,
         drop=partial(keep_share, keep_ratio=mask.stage_keep_ratio) if mask and mask.in_teacher == "drop" else None,

@@ -33,6 +33,7 @@ class TeacherPair:
         seed: int,
         num_patches: int,
         cls_in_relation: bool,
+        cls_in_features: bool = False,
         features_on: Literal["kept", "hidden", "all"] = "kept",
     ) -> None:
         """Take built teachers.
@@ -45,6 +46,7 @@ class TeacherPair:
             seed: of random masks.
             num_patches: N.
             cls_in_relation: relations have the class token's row and column first.
+            cls_in_features: features have the class token's row first.
             features_on: the patches whose features are given, as `loss.features_on`.
         """
         self.feature = feature
@@ -54,6 +56,7 @@ class TeacherPair:
         self.seed = seed
         self.num_patches = num_patches
         self.cls_in_relation = cls_in_relation
+        self.cls_in_features = cls_in_features
         self.features_on = features_on
 
     def __call__(self, batch: Batch) -> Targets:
@@ -66,8 +69,15 @@ class TeacherPair:
                 relations = self._relations(batch.images, keep_indices)
             features = None
             if self.feature is not None:
-                features = self.feature(batch.images, self._feature_indices(keep_indices)).patch_tokens
+                features = self._features(self.feature(batch.images, self._feature_indices(keep_indices)))
             return Targets(keep_indices, features, relations)
+
+    def _features(self, output: ViTOutput) -> Tensor | None:
+        if not self.cls_in_features:
+            return output.patch_tokens
+        assert output.prefix_tokens is not None
+        assert output.patch_tokens is not None
+        return torch.cat([output.prefix_tokens[:, :1], output.patch_tokens], dim=1)
 
     def _feature_indices(self, keep_indices: Tensor | None) -> Tensor | None:
         if keep_indices is None or self.features_on == "all":

@@ -50,6 +50,9 @@ def distill(
     run = check_run(recipe, ds_config, allow_change)  # cheap checks first: teachers may be gigabytes from the network
     models = build_models(run)
     with distributed() as ranks:
+        note = cls_left_out(recipe, models)
+        if note is not None and stream is not None and ranks.is_first:
+            print(note, file=stream, flush=True)
         session = start(run, models, ranks, teacher_ds_config)
         before = teacher_digests(session.teacher_engines)
         code = train_run(session, stream)
@@ -105,6 +108,14 @@ def build_models(
     )
 
 
+def cls_left_out(recipe: Recipe, models: Models) -> str | None:
+    """Say who lacks the class token that `loss.cls` asks for; None where nothing is left out."""
+    if recipe.loss.cls == "exclude" or models.teachers.feature is None or models.distiller.cls_in_features:
+        return None
+    who = "the feature teacher" if models.distiller.student.has_cls else "the student"
+    return f"loss.cls include: {who} has no class token, features are compared at patches only"
+
+
 def start(run: Run, models: Models, ranks: Ranks, teacher_ds_config: Mapping[str, Any]) -> Session:
     """Hand the models over to DeepSpeed on all ranks.
 
@@ -128,6 +139,7 @@ def start(run: Run, models: Models, ranks: Ranks, teacher_ds_config: Mapping[str
         seed=recipe.run.seed,
         num_patches=distiller.student.grid_size**2,
         cls_in_relation=distiller.cls_in_relation,
+        cls_in_features=distiller.cls_in_features,
         features_on=recipe.loss.features_on,
     )
 

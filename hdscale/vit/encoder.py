@@ -41,6 +41,8 @@ class Outputs(NamedTuple):
     """Give those at the blocks' output or at their input."""
     final: Final | None = "norm"
     """The last block's patch tokens after the final norm, before it, or after norm and head; None: not at all."""
+    project_prefix: bool = False
+    """Where `final` is projected, prefix tokens are, too."""
 
 
 class Recompute(NamedTuple):
@@ -233,8 +235,12 @@ class ViTEncoder(nn.Module):
             x = take_rows(x, rows)
         if final != "pre_norm":
             x = self.model.fc_norm(self.model.norm(x))  # timm moves the final norm behind the pooling in some models
+        if final == "projected" and self.outputs.project_prefix:
+            x = self.model.head(x)  # once: ZeRO-3 gathers a module's weights for each call
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        return prefix, self.model.head(patches) if final == "projected" else patches
+        if final == "projected" and not self.outputs.project_prefix:
+            patches = self.model.head(patches)
+        return prefix, patches
 
     def _prune(self) -> None:
         model, depth, wanted = self.model, len(self.model.blocks), self.outputs

@@ -28,7 +28,7 @@ def other_indices(keep_indices: Tensor, num_patches: int) -> Tensor:
 def relation_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
     """Drop registers, and the class token unless `cls`: (..., P + K, E) to (..., S, E), S = K or 1 + K.
 
-    Student and teacher share it: row by row, their relations are of the same tokens.
+    Whatever is compared goes through it: row by row, student and teacher speak of the same tokens.
     """
     if not cls:
         return x[..., num_prefix_tokens:, :]

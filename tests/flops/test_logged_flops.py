@@ -51,6 +51,7 @@ def logged_and_counted(student, feature, relation):
         seed=0,
         num_patches=GRID**2,
         cls_in_relation=distiller.cls_in_relation,
+        cls_in_features=distiller.cls_in_features,
     )
     ids = torch.zeros(1, dtype=torch.int64)
     batch = Batch(torch.zeros(1, 3, GRID * 16, GRID * 16, dtype=torch.uint8), ids, ids, ids, ids, None)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hdscale.teachers.build
 from hdscale.config.loading import load_recipe
 from hdscale.distiller import Distiller, build_distiller
-from hdscale.flops import ViTSizes, count_flops, hybrid_step_flops, student_step_flops, vit_forward_flops
+from hdscale.flops import HeadSizes, ViTSizes, count_flops, hybrid_step_flops, student_step_flops, vit_forward_flops
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
 from hdscale.types import Batch, Targets
@@ -20,6 +20,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "launch/recipes/vit_l_in21k.yaml"
 KEPT, PATCHES = 66, 196
 VIT_L = ViTSizes(depth=24, embed_dim=1024, num_patches=PATCHES, patch_size=16)
 CLIP_L = ViTSizes(depth=24, embed_dim=1024, num_patches=PATCHES, patch_size=14)
+HEAD = HeadSizes(cls=True)
 
 
 class Step(NamedTuple):
@@ -54,6 +55,7 @@ def step():
         seed=0,
         num_patches=PATCHES,
         cls_in_relation=distiller.cls_in_relation,
+        cls_in_features=distiller.cls_in_features,
     )
     with FakeTensorMode():
         for module in (distiller, teachers.feature, teachers.relation):
@@ -67,17 +69,17 @@ def step():
 def test_a_hybrid_step_of_vit_l_costs_at_most_358_gflop_an_image(step):
     assert step.pair.feature.preprocess.img_size == 196
     counted = count_flops(lambda: step.distiller(step.batch.images, step.pair(step.batch)).total.backward())
-    assert counted == hybrid_step_flops(VIT_L, CLIP_L, VIT_L, KEPT)
+    assert counted == hybrid_step_flops(VIT_L, CLIP_L, VIT_L, KEPT, head=HEAD)
     assert counted <= 358e9
     # Nothing pruned:
-    full = student_step_flops(VIT_L, KEPT, 1024, 2) + vit_forward_flops(VIT_L) + vit_forward_flops(CLIP_L)
+    full = student_step_flops(VIT_L, KEPT, 1024, 2, head=HEAD) + vit_forward_flops(VIT_L) + vit_forward_flops(CLIP_L)
     assert full == pytest.approx(370e9, rel=0.01)
 
 
 def test_the_student_s_part_is_at_most_0_35_of_its_full_one(step):
     masked, full = (student_flops(step, kept) for kept in (KEPT, None))
-    assert masked == student_step_flops(VIT_L, KEPT, 1024, 2)
-    assert full == student_step_flops(VIT_L, None, 1024, 2)
+    assert masked == student_step_flops(VIT_L, KEPT, 1024, 2, head=HEAD)
+    assert full == student_step_flops(VIT_L, None, 1024, 2, head=HEAD)
     assert masked <= 0.35 * full
 
 
@@ -86,5 +88,5 @@ def student_flops(step, kept):
     count = kept or PATCHES
     relation = torch.empty(1, 16, 1 + count, 1 + count)
     indices = None if kept is None else step.batch.keep_indices
-    targets = Targets(indices, torch.empty(1, count, 1024), (relation, relation))
+    targets = Targets(indices, torch.empty(1, 1 + count, 1024), (relation, relation))
     return count_flops(lambda: step.distiller(step.batch.images, targets).total.backward())

@@ -121,9 +121,10 @@ def next_stage(folder, name):
         batches = list(run_loader(session, 0, 2))
         _, targets = session.ask_teachers(batches[0])
         with torch.no_grad():
-            everything = student(batches[0].images).patch_tokens
+            output = student(batches[0].images)
+        everything = torch.cat([output.prefix_tokens, output.patch_tokens], dim=1)  # the class token is row 0
         hidden = [
-            [patch for patch in range(everything.shape[1]) if patch not in kept]
+            [0, *(1 + patch for patch in range(everything.shape[1] - 1) if patch not in kept)]
             for kept in targets.keep_indices.tolist()
         ]
         wanted = torch.stack([tokens[rows] for tokens, rows in zip(everything, hidden, strict=True)])

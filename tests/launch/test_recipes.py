@@ -51,7 +51,7 @@ def test_sharded_and_recomputed_students_of_every_kind_train_alike(stepped):
 @pytest.mark.parametrize("name", ["dbot_deit_b", "fd_clip_b"])
 def test_an_exported_student_is_the_feature_teacher_of_the_next_stage(name, outcome):
     stage = outcome["stages"][name]
-    assert stage["shape"] == [4, 48, 48]  # images, hidden patches of 64, width
+    assert stage["shape"] == [4, 1 + 48, 48]  # images, class token and hidden patches of 64, width
     assert stage["error"] < 1e-5
     assert all(math.isfinite(loss) for loss in stage["losses"])
 

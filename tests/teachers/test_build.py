@@ -7,6 +7,7 @@ from hdscale.config.sections import MaskConfig
 from hdscale.errors import UserError
 from hdscale.teachers.build import Teachers, build_teacher, mask_stages
 from hdscale.teachers.weights import weights_digest
+from hdscale.types import TeacherShapes
 
 KEEP = torch.tensor([[0, 3, 5], [1, 2, 9], [4, 5, 6], [7, 8, 15], [0, 1, 2], [3, 4, 5]])
 
@@ -123,7 +124,10 @@ def test_mask_stages_are_thirds_of_the_depth_or_the_last_block():
 
 def test_a_student_has_to_fit_the_teachers_there_are_and_no_others(tiny_config):
     teacher = build_teacher(tiny_config)
-    assert Teachers(teacher, None).shapes() == (48, None, None, False)
-    assert Teachers(None, teacher).shapes() == (None, 3, 48, True)
+    assert Teachers(teacher, None).shapes() == TeacherShapes(feature_dim=48, feature_has_cls=True)
+    relation = TeacherShapes(relation_heads=3, relation_dim=48, teacher_has_cls=True)
+    assert Teachers(None, teacher).shapes() == relation
     without_cls = build_teacher(TeacherConfig(name="vit_medium_patch16_gap_240", weights="random"))
-    assert Teachers(teacher, without_cls).shapes() == (48, without_cls.num_heads, without_cls.embed_dim, False)
+    heads, dim = without_cls.num_heads, without_cls.embed_dim
+    assert Teachers(teacher, without_cls).shapes() == (48, True, heads, dim, False)
+    assert Teachers(without_cls, teacher).shapes() == (dim, False, 3, 48, True)

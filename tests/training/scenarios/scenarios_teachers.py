@@ -33,6 +33,7 @@ def teachers(lab):
             seed=recipe.run.seed,
             num_patches=64,
             cls_in_relation=True,
+            cls_in_features=True,
         )
         (_, sharded), replicated = session.ask_teachers(batch), pair(batch)
         found["equal"] = lab.everyone(
