@@ -143,7 +143,9 @@ def step(world, how, *overrides):
         recipe.loss,
         img_size=32,
         seed=0,
-        teachers=TeacherShapes(feature_dim=48, relation_heads=3, relation_dim=48, teacher_has_cls=True),
+        teachers=TeacherShapes(
+            feature_dim=48, feature_has_cls=True, relation_heads=3, relation_dim=48, teacher_has_cls=True
+        ),
     )
     pair = TeacherPair(
         cast(feature, how)[0],
@@ -153,11 +155,12 @@ def step(world, how, *overrides):
         seed=0,
         num_patches=64,
         cls_in_relation=distiller.cls_in_relation,
+        cls_in_features=distiller.cls_in_features,
     )
     distiller, inside = cast(distiller, how)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(4)
-    batch = Batch(**{**dict.fromkeys(Batch._fields), "images": images, "sample_ids": ids, "views": ids * 0})
+    batch = Batch(**{**dict.fromkeys(Batch._fields), "images": images, "sample_ids": ids, "epochs": ids * 0})
     with inside:
         targets = pair(batch)
         terms = distiller(images, targets)
