@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import timm
+import torch
+from torch import Tensor, nn
 
 from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
@@ -17,12 +19,18 @@ from hdscale.vit.beit import to_beit
 
 
 def export_student(
-    weights: Mapping[str, Tensor], config: StudentConfig, img_size: int, output: Path, *, kind: str = "student"
+    weights: Mapping[str, Tensor],
+    config: StudentConfig,
+    img_size: int,
+    output: Path,
+    *,
+    kind: str = "student",
+    cls_in_loss: bool = False,
 ) -> dict[str, Any]:
     """Write the ViT of a checkpoint, without heads, decoders and mask tokens, in float32.
 
-    `timm.create_model(**arch).load_state_dict(load_file(output), strict=True)` takes the file; mean, deviation and arch
-    are in its metadata. A student with `rel_pos_bias` becomes timm's Beit.
+    `timm.create_model(**arch).load_state_dict(load_file(output), strict=True)` takes the file; mean, deviation, arch
+    and whether the class token was in a loss are in its metadata. A student with `rel_pos_bias` becomes timm's Beit.
 
     Args:
         weights: parameters and buffers of a `Distiller`, `MaskedAutoencoder` or `SupervisedClassifier`.
@@ -30,6 +38,7 @@ def export_student(
         img_size: the recipe's `data.img_size`.
         output: ends in .safetensors.
         kind: how it was trained: student, mae, supervised.
+        cls_in_loss: whether a loss has looked at the class token, if there is one.
 
     Returns:
         The arguments of `timm.create_model`.
@@ -45,7 +54,8 @@ def export_student(
     if config.rel_pos_bias:
         arch, state = to_beit(_beit_sizes(student, arch), state)
     try:
-        save_teacher_file(output, state, arch, config.mean, config.std, kind=kind)
+        said = cls_in_loss if student.has_cls else None
+        save_teacher_file(output, state, arch, config.mean, config.std, kind=kind, cls_in_loss=said)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
     return arch
@@ -65,9 +75,24 @@ def _beit_sizes(student: Student, arch: Mapping[str, Any]) -> dict[str, Any]:
     return {**sizes, **arch}
 
 
-def loading_code(arch: Mapping[str, Any], output: Path, config: StudentConfig) -> str:
-    """Return the Python lines that load an exported file, ready to paste."""
+def loading_code(arch: Mapping[str, Any], output: Path, config: StudentConfig, *, cls_in_loss: bool = False) -> str:
+    """Return the Python lines that load an exported file and read features, ready to paste.
+
+    Args:
+        arch: from `export_student`.
+        output: the file.
+        config: the recipe's section.
+        cls_in_loss: whether a loss has looked at the class token; one that no loss saw is marked.
+    """
+    with torch.device("meta"):
+        model: Any = timm.create_model(**arch)
     sizes = "".join(f", {name}={value!r}" for name, value in arch.items() if name != "model_name")
+    tokens = "model.forward_features(images)"
+    if not isinstance(model.fc_norm, nn.Identity):  # where timm would pool first, which is not what was trained
+        tokens = f"model.fc_norm({tokens})"
+    mark = "" if cls_in_loss else "; not trained to be read: in no loss of this run"
+    readings = {"class_token": f"tokens[:, 0]  # (B, {model.embed_dim}){mark}"} if model.cls_token is not None else {}
+    readings["patch_mean"] = f"tokens[:, {model.num_prefix_tokens}:].mean(dim=1)  # (B, {model.embed_dim})"
     return "\n".join(
         [
             "import timm",
@@ -75,6 +100,10 @@ def loading_code(arch: Mapping[str, Any], output: Path, config: StudentConfig) -
             "",
             f"model = timm.create_model({arch['model_name']!r}{sizes})",
             f"model.load_state_dict(load_file({str(output)!r}), strict=True)",
-            f"# images in [0, 1], less mean {config.mean}, over deviation {config.std}",
+            "",
+            f"def features(images):  # in [0, 1], less mean {config.mean}, over deviation {config.std}",
+            f"    tokens = {tokens}",
+            *(f"    {name} = {code}" for name, code in readings.items()),
+            f"    return {', '.join(readings)}",
         ]
     )

@@ -31,9 +31,11 @@ def main(argv: list[str]) -> int:
     recipe = load_run_recipe(options.run)
     checkpoint = require_checkpoint(options.run) if options.step is None else _checkpoint_at(options.run, options.step)
     kind = checkpoint.state["fingerprints"].get("method", "student")
-    arch = export_student(checkpoint.module_state(), recipe.student, recipe.data.img_size, options.output, kind=kind)
+    how = {"kind": kind, "cls_in_loss": checkpoint.state.get("cls_in_loss", False)}  # older ones never were
+    weights, img_size = checkpoint.module_state(), recipe.data.img_size
+    arch = export_student(weights, recipe.student, img_size, options.output, **how)
     print(f"{options.output}: {kind} of {options.run} at step {checkpoint.step}\n")
-    print(loading_code(arch, options.output, recipe.student))
+    print(loading_code(arch, options.output, recipe.student, cls_in_loss=how["cls_in_loss"]))
     return EXIT_DONE
 
 

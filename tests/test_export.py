@@ -14,6 +14,7 @@ from hdscale.teachers.build import build_teacher
 from hdscale.teachers.files import load_teacher_file
 from hdscale.types import TeacherShapes
 
+MARK = "not trained to be read: in no loss of this run"
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
 STUDENTS = {
     "plain": StudentConfig(model="vit_tiny_patch16_224", mlp_ratio=2.0, drop_path=0.3, **SIZES),
@@ -46,6 +47,14 @@ def trained(config, images):
 def normalized(images, config):
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
     return (images / 255 - mean) / std
+
+
+def printed_features(arch, path, config, images, **said):
+    """Run the printed lines; return their readings and their text."""
+    text, names = loading_code(arch, path, config, **said), {}
+    exec(text, names)
+    with torch.no_grad():
+        return names["features"](normalized(images, config)), text
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -103,6 +112,40 @@ def test_the_printed_code_loads_the_file(images, tmp_path):
     exec(loading_code(arch, path, config), names)
     ours = distiller.student.encoder.model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in names["model"].state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["plain", "registers", "position bias"])
+def test_the_printed_code_reads_class_token_and_mean_of_patches(name, images, tmp_path):
+    config = STUDENTS["plain"].model_copy(update={"rel_pos_bias": True}) if "bias" in name else STUDENTS[name]
+    distiller, path = trained(config, images), tmp_path / "student.safetensors"
+    arch = export_student(distiller.state_dict(), config, 32, path)
+    (class_token, patch_mean), _ = printed_features(arch, path, config, images)
+    with torch.no_grad():
+        ours = distiller.student(images)
+    torch.testing.assert_close(class_token, ours.prefix_tokens[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(patch_mean, ours.patch_tokens.mean(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_without_a_class_token_has_one_reading_and_nothing_to_mark(images, tmp_path):
+    config = STUDENTS["plain"].model_copy(update={"model": "vit_medium_patch16_gap_240"})
+    distiller, path = trained(config, images), tmp_path / "student.safetensors"
+    arch = export_student(distiller.state_dict(), config, 32, path)
+    patch_mean, text = printed_features(arch, path, config, images)
+    with torch.no_grad():
+        wanted = distiller.student(images).patch_tokens.mean(dim=1)
+    torch.testing.assert_close(patch_mean, wanted, rtol=1e-5, atol=1e-5)
+    assert "class_token" not in text
+    assert MARK not in text
+    assert load_teacher_file(path, "feature_teacher.weights").cls_in_loss is None
+
+
+@pytest.mark.parametrize("cls_in_loss", [True, False])
+def test_a_class_token_that_no_loss_has_seen_is_marked_in_print_and_in_the_file(cls_in_loss, images, tmp_path):
+    config, path = STUDENTS["plain"], tmp_path / "student.safetensors"
+    arch = export_student(trained(config, images).state_dict(), config, 32, path, cls_in_loss=cls_in_loss)
+    assert load_teacher_file(path, "feature_teacher.weights").cls_in_loss is cls_in_loss
+    lines = [line for line in loading_code(arch, path, config, cls_in_loss=cls_in_loss).splitlines() if MARK in line]
+    assert [line.split()[0] for line in lines] == ([] if cls_in_loss else ["class_token"])
 
 
 def test_an_output_that_cannot_be_written_is_refused(images, tmp_path):

@@ -23,6 +23,7 @@ class TeacherFile(NamedTuple):
     std: tuple[float, ...]
     kind: str  # how it was trained: mae, supervised, student
     state: dict[str, Tensor]  # by timm's names
+    cls_in_loss: bool | None  # whether a loss has looked at the class token; None: nobody says
 
 
 def save_teacher_file(
@@ -33,6 +34,7 @@ def save_teacher_file(
     std: Sequence[float],
     *,
     kind: str,
+    cls_in_loss: bool | None = None,
 ) -> None:
     """Write weights that `timm.create_model(**arch).load_state_dict` takes strictly, and that can be a teacher.
 
@@ -45,6 +47,7 @@ def save_teacher_file(
         mean: per channel, of the image in [0, 1].
         std: per channel.
         kind: how it was trained: mae, supervised, student.
+        cls_in_loss: whether a loss has looked at the class token; None: there is none, or nobody knows.
 
     Raises:
         UserError: another suffix, which readers would take for a torch checkpoint.
@@ -53,10 +56,12 @@ def save_teacher_file(
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = json.dumps({"timm": dict(arch), "mean": list(mean), "std": list(std), "kind": kind}, sort_keys=True)
+    about = {"timm": dict(arch), "mean": list(mean), "std": list(std), "kind": kind}
+    if cls_in_loss is not None:
+        about["cls_in_loss"] = cls_in_loss
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with staged(path) as temporary:
-        save_file(tensors, temporary, metadata={"hdscale": about, "format": "pt"})
+        save_file(tensors, temporary, metadata={"hdscale": json.dumps(about, sort_keys=True), "format": "pt"})
 
 
 def load_teacher_file(path: str | Path, field: str) -> TeacherFile:
@@ -77,7 +82,8 @@ def load_teacher_file(path: str | Path, field: str) -> TeacherFile:
             about = json.loads((file.metadata() or {})["hdscale"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         arch = {"model_name": about["timm"]["model_name"], **about["timm"]}
-        return TeacherFile(arch, tuple(about["mean"]), tuple(about["std"]), about["kind"], state)
+        said = tuple(about["mean"]), tuple(about["std"]), about["kind"]
+        return TeacherFile(arch, *said, state, about.get("cls_in_loss"))
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{field}: {path} is not a file of hdscale's; for other people's weights set source to timm or open_clip"

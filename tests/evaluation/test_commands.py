@@ -20,6 +20,7 @@ from hdscale.distiller import build_distiller
 from hdscale.pretraining import SupervisedClassifier
 from hdscale.runs.checkpoint import save_checkpoint
 from hdscale.student.build import build_student
+from hdscale.teachers.files import load_teacher_file
 from hdscale.types import TeacherShapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,9 @@ def world(tmp_path_factory, process_group):
                 feature_dim=32, relation_heads=None if name == "feature_only" else 4, teacher_has_cls=True
             ),
         )
-        write_run(root / "runs" / name, made, distiller)
+        # As of now, and as of an older run, whose checkpoints do not say.
+        state = {"cls_in_loss": True} if name == "hybrid" else None
+        write_run(root / "runs" / name, made, distiller, state)
     return root
 
 
@@ -173,6 +176,16 @@ def test_export_prints_code_that_timm_runs(world, capsys):
     exec(text.partition("\n\n")[2], names)
     assert isinstance(names["model"], timm.models.VisionTransformer)
     assert torch.equal(names["model"].cls_token, load_file(output)["cls_token"])
+    class_token, patch_mean = names["features"](torch.zeros(2, 3, 32, 32))
+    assert class_token.shape == patch_mean.shape == (2, 32)
+
+
+@pytest.mark.parametrize(("name", "marked"), [("hybrid", False), ("feature_only", True), ("mae", True)])
+def test_export_marks_a_class_token_that_the_checkpoint_does_not_say_was_in_a_loss(name, marked, world, capsys):
+    output = world / f"{name}-marked.safetensors"
+    assert command("launch/export.py")(["--run", str(world / "runs" / name), "--output", str(output)]) == 0
+    assert ("class_token = tokens[:, 0]  # (B, 32); not trained to be read" in capsys.readouterr().out) == marked
+    assert load_teacher_file(output, "").cls_in_loss == (not marked)
 
 
 @pytest.mark.parametrize(

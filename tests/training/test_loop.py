@@ -50,6 +50,7 @@ def test_a_checkpoint_says_where_the_run_was(loop):
         "optimizer_step": 3,
         "scaler": {"cur_scale": 1024.0, "cur_iter": 40, "last_overflow_iter": 30, "cur_hysteresis": 1},
         "quarantine": [5, 9],
+        "cls_in_loss": False,
         "fingerprints": {"data": "digest", "view seed": 3},
     }
 

@@ -32,8 +32,10 @@ def plain_targets(recipe, teachers, images):
         token_relation(at_rows(query, kept), at_rows(key, kept), "scaled", "per_head")
         for query, key in zip(output.queries, output.keys, strict=True)
     )
-    tokens = feature(images).patch_tokens
-    return Targets(kept, torch.stack([sample[row] for sample, row in zip(tokens, kept, strict=True)]), relations)
+    output = feature(images)
+    tokens = torch.cat([output.prefix_tokens, output.patch_tokens], dim=1)  # of class token and all patches
+    features = torch.stack([sample[[0, *(row + 1)]] for sample, row in zip(tokens, kept, strict=True)])
+    return Targets(kept, features, relations)
 
 
 def untrained(recipe):
@@ -43,7 +45,7 @@ def untrained(recipe):
         recipe.loss,
         img_size=32,
         seed=recipe.run.seed,
-        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
+        teachers=TeacherShapes(feature_dim=48, feature_has_cls=True, relation_heads=3, teacher_has_cls=True),
     )
 
 
@@ -161,3 +163,4 @@ def test_checkpoints_hold_student_and_head_and_nothing_else(name, world, recipe,
     assert max(sizes) < 0.6 * sum(sizes)
     state = json.loads((folder / "state.json").read_text())
     assert (state["step"], state["cursor"], state["optimizer_step"]) == (STEPS, STEPS * BATCH, STEPS)
+    assert state["cls_in_loss"] is True
