@@ -127,7 +127,7 @@ def test_the_printed_code_reads_class_token_and_mean_of_patches(name, images, tm
 
 
 def test_a_student_without_a_class_token_has_one_reading_and_nothing_to_mark(images, tmp_path):
-    config = STUDENTS["plain"].model_copy(update={"model": "vit_medium_patch16_gap_240"})
+    config = STUDENTS["plain"].model_copy(update={"model": "vit_medium_patch16_reg4_gap_256"})
     distiller, path = trained(config, images), tmp_path / "student.safetensors"
     arch = export_student(distiller.state_dict(), config, 32, path)
     patch_mean, text = printed_features(arch, path, config, images)
