@@ -81,11 +81,11 @@ def feature_loss(
     beta: float,
     target_norm: Literal["layer_norm", "none"] = "layer_norm",
 ) -> Tensor:
-    """Compare last-layer patch tokens (the first term of Eq. 1).
+    """Compare last-layer tokens (the first term of Eq. 1).
 
     Args:
-        student_tokens: (B, K, T), already in the teacher's width.
-        teacher_tokens: (B, K, T), as the teacher gives them.
+        student_tokens: (B, S, T) of S tokens, the class token included or not, already in the teacher's width.
+        teacher_tokens: (B, S, T), as the teacher gives them.
         beta: where smooth L1 turns from square to line.
         target_norm: `layer_norm` standardises each teacher token first, without affine parameters (dBOT, FD).
 

@@ -10,7 +10,7 @@ from hdscale.errors import UserError
 
 
 class FeatureHead(nn.Module):
-    """Student tokens (B, K, D) to the feature teacher's width (B, K, T): one Linear, or nothing."""
+    """Student tokens (B, S, D) to the feature teacher's width (B, S, T): one Linear, or nothing."""
 
     def __init__(self, embed_dim: int, target_dim: int, *, linear: bool, seed: int) -> None:
         """Draw small random weights from a generator of its own.

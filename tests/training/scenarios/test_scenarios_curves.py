@@ -34,7 +34,7 @@ def plain_targets(recipe, teachers, images):
     )
     output = feature(images)
     tokens = torch.cat([output.prefix_tokens, output.patch_tokens], dim=1)  # of class token and all patches
-    features = torch.stack([sample[[0, *(row + 1)]] for sample, row in zip(tokens, kept, strict=True)])
+    features = torch.stack([sample[[0, *(row + 1).tolist()]] for sample, row in zip(tokens, kept, strict=True)])
     return Targets(kept, features, relations)
 
 
