@@ -49,8 +49,7 @@ class Distiller(nn.Module):
             loss: weights of Eq. 1.
             cls_in_relation: the teacher's relations have the class token as their first row and column.
             cls_in_features: the teacher's features have the class token as their first row.
-            layer_heads: student width to relation teacher width, one per relation layer, where `relation.target` is
-                tokens and the widths differ.
+            layer_heads: student tokens to what `relation.target` asks for, one per relation layer; None: as they are.
             decoder: blocks before the head; None: none.
         """
         super().__init__()
@@ -199,7 +198,14 @@ def build_distiller(
     layer_heads = None
     if teachers.relation_heads is not None and relation.target != "relation":
         assert teachers.relation_dim is not None, "token targets have a width"
-        layer_heads = build_layer_heads(len(layers), model.embed_dim, teachers.relation_dim, seed=seed)
+        layer_heads = build_layer_heads(
+            len(layers),
+            model.embed_dim,
+            teachers.relation_dim,
+            token_head=relation.token_head,
+            init=student.init,
+            seed=seed,
+        )
     has = model.has_cls
     return Distiller(
         model,

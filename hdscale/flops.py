@@ -59,6 +59,7 @@ class RelationUse(NamedTuple):
     target: Literal["relation", "attention", "features"] = "relation"  # for tokens, the last layer runs whole
     mask_blocks: int = 0  # blocks that masks made online need whole: the last mask layer's number plus one
     block_patches: Sequence[int] | None = None  # patches that each block runs on, where some are dropped; None: all
+    token_head: Literal["norm_linear", "width"] = "norm_linear"  # `relation.token_head`
 
 
 def block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float = 4.0) -> int:
@@ -181,8 +182,9 @@ def hybrid_step_flops(
     with_qk = relation.target == "relation"
     relations = len(relation.layers) if relation_teacher and with_qk else 0
     layer_head_dims = []
-    if relation_teacher and not with_qk and relation_teacher.embed_dim != student.embed_dim:
-        layer_head_dims = [relation_teacher.embed_dim] * len(relation.layers)
+    if relation_teacher and not with_qk:
+        is_linear = relation.token_head == "norm_linear" or relation_teacher.embed_dim != student.embed_dim
+        layer_head_dims = [relation_teacher.embed_dim] * len(relation.layers) if is_linear else []
     target_dim = (projected_dim or feature_teacher.embed_dim) if feature_teacher else 0
     total = student_step_flops(student, num_keep, target_dim, relations, layer_head_dims=layer_head_dims, head=head)
     if feature_teacher:
@@ -305,6 +307,7 @@ def step_flops_per_image(recipe: Recipe, distiller: Distiller, teachers: Teacher
             recipe.relation.target,
             mask_blocks,
             patches_by_block(mask, patches, depth),
+            recipe.relation.token_head,
         ),
         head=head,
         projected_dim=teachers.feature.target_dim if teachers.feature and is_projected else 0,

@@ -175,9 +175,9 @@ def test_merged_relations_take_unequal_head_counts(images):
 def test_every_scale_and_loss_of_relations_reaches_the_term(scale, loss, heads, images):
     settings = {"scale": scale, "loss": loss, "heads": heads}
     distiller = make(RelationConfig(**settings), LossConfig(beta=0.05))
-    with torch.no_grad():  # queries and keys of a new student are so small that all its rows are nearly uniform
+    with torch.no_grad():  # the rows of a new student are nearly uniform
         for block in distiller.student.encoder.model.blocks:
-            block.attn.qkv.weight.mul_(20)
+            block.attn.qkv.weight.mul_(3)
     targets = make_targets(7, heads=1 if heads == "merged" else 4)
     if scale == "softmax":
         targets = targets._replace(relations=tuple((x * 2).softmax(dim=-1) for x in targets.relations))
@@ -193,10 +193,11 @@ def test_the_norm_of_feature_targets_reaches_the_term(target_norm, images):
 
 
 @pytest.mark.parametrize("target", ["attention", "features"])
+@pytest.mark.parametrize("token_head", ["norm_linear", "width"])
 @pytest.mark.parametrize(("width", "target_norm"), [(32, "layer_norm"), (20, "layer_norm"), (20, "none")])
-def test_targets_of_tokens_are_compared_token_by_token(target, width, target_norm, images):
+def test_targets_of_tokens_are_compared_token_by_token(target, token_head, width, target_norm, images):
     loss = LossConfig(beta=0.7, target_norm=target_norm)
-    distiller = make(RelationConfig(target=target), loss, relation_dim=width, relation_heads=5)
+    distiller = make(RelationConfig(target=target, token_head=token_head), loss, relation_dim=width, relation_heads=5)
     generator = torch.Generator().manual_seed(4)
     tokens = tuple(torch.randn(2, 7, width, generator=generator) * 2 + 1 for _ in range(2))
     targets = make_targets(7)._replace(relations=tokens)
@@ -204,7 +205,9 @@ def test_targets_of_tokens_are_compared_token_by_token(target, width, target_nor
     terms = []
     for layer, (ours, theirs) in enumerate(zip(output.layer_tokens, tokens, strict=True)):
         ours = ours.detach().double().numpy()
-        if width != 32:
+        if token_head == "norm_linear":
+            ours = (ours - ours.mean(-1, keepdims=True)) / np.sqrt(ours.var(-1, keepdims=True) + 1e-6)
+        if token_head == "norm_linear" or width != 32:
             linear = distiller.layer_heads[layer].proj
             ours = ours @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
         theirs = theirs.double().numpy()
@@ -213,7 +216,7 @@ def test_targets_of_tokens_are_compared_token_by_token(target, width, target_nor
         terms.append(smooth_l1(ours - theirs, 0.7))
     loss = distiller(images, targets)
     assert loss.relation.item() == pytest.approx(np.mean(terms), rel=1e-5)
-    assert (distiller.layer_heads is None) == (width == 32)
+    assert (distiller.layer_heads is None) == (token_head == "width" and width == 32)
     loss.total.backward()
     assert [name for name, p in distiller.named_parameters() if p.grad is None] == []
 

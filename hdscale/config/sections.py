@@ -205,8 +205,8 @@ class RelationConfig(Section):
 
     target: Literal["relation", "attention", "features"] = "relation"
     """Tables 5 and 6: token relations R = QK^T (Eq. 2); the attention's output MSA; the block's output T. The last two
-    are tokens: standardised as `loss.target_norm` says and compared by smooth L1, after a Linear where widths differ;
-    scale and heads are not for them."""
+    are tokens: standardised as `loss.target_norm` says and compared by smooth L1, behind `token_head`; scale and heads
+    are not for them."""
 
     layers: tuple[int, ...] = (-3, -2)
     """Blocks, 0-indexed, negative from the end: the two before the last (Eq. 3; Table 7's "10,11" of 12)."""

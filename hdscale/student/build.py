@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
+from hdscale.student.init import draw_weights
 from hdscale.types import ViTOutput
 from hdscale.vit.build import create_vit, num_heads, patch_size, weight_dtype
 from hdscale.vit.encoder import LayerOutput, Outputs, Recompute, ViTEncoder
@@ -59,7 +60,7 @@ def build_student(
     checkpoint_every: int | None = None,
     checkpoint_fn: Callable[..., Any] | None = None,
 ) -> Student:
-    """Build a student with random weights and, unless `pos_embed` is none, MAE's fixed position embedding.
+    """Build a student with weights by `init` and, unless `pos_embed` is none, MAE's fixed position embedding.
 
     Args:
         config: the recipe's section.
@@ -91,6 +92,7 @@ def build_student(
         recompute = recompute._replace(function=checkpoint_fn)
     outputs = Outputs(relation_layers, layer_output)
     encoder = ViTEncoder(model, outputs, recompute=recompute, mask_token=mask_token)
+    draw_weights(encoder, model.blocks, config.init, seed=seed, stream="student")
     return Student(encoder, Preprocess(img_size, config.mean, config.std))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
 from hdscale.student.build import Student
+from hdscale.student.init import draw_weights
 from hdscale.vit.encoder import with_queries_and_keys
 from hdscale.vit.position import sincos_position_embedding
 from hdscale.vit.tokens import relation_tokens, take_rows, token_rows
@@ -114,7 +115,7 @@ def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> Tran
         raise UserError(f"student.decoder_dim must be a multiple of 4 and of student.decoder_heads {heads}, got {dim}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return TransformerDecoder(
+        decoder = TransformerDecoder(
             student.embed_dim,
             dim,
             config.decoder_depth,
@@ -124,6 +125,8 @@ def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> Tran
             drop_path=config.drop_path,
             mask_tokens=config.mask_tokens == "decoder",
         )
+    draw_weights(decoder, decoder.blocks, config.init, seed=seed, stream="decoder")
+    return decoder
 
 
 def draw_linears(module: nn.Module) -> None:

@@ -2,43 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from hdscale.config.sections import StudentConfig
 from hdscale.errors import UserError
+from hdscale.student.init import Init, draw_head
+
+_EPS = 1e-6
 
 
 class FeatureHead(nn.Module):
-    """Student tokens (B, S, D) to the feature teacher's width (B, S, T): one Linear, or nothing."""
+    """Student tokens (B, S, D) to a teacher's width (B, S, T): one Linear, behind a norm or alone, or nothing."""
 
-    def __init__(self, embed_dim: int, target_dim: int, *, linear: bool, seed: int) -> None:
-        """Draw small random weights from a generator of its own.
+    def __init__(
+        self, embed_dim: int, target_dim: int, *, init: Init, seed: int, linear: bool = True, norm: bool = False
+    ) -> None:
+        """Draw the Linear's weights from a generator of its own.
 
         Args:
             embed_dim: D.
             target_dim: T; equal to D without the Linear.
-            linear: project, or hand through.
+            init: `student.init`.
             seed: of the weights.
+            linear: project, or hand through.
+            norm: put a norm of the student's kind first, for tokens that come from between its blocks.
         """
         super().__init__()
         assert linear or embed_dim == target_dim
-        self.proj = nn.Linear(embed_dim, target_dim) if linear else nn.Identity()
-        if isinstance(self.proj, nn.Linear):
-            nn.init.normal_(self.proj.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
-            nn.init.zeros_(self.proj.bias)
+        self.norm = nn.LayerNorm(embed_dim, eps=_EPS) if norm else nn.Identity()
+        self.proj: nn.Module = nn.Identity()
+        if linear:
+            with torch.random.fork_rng(devices=[]):  # PyTorch draws first
+                self.proj = nn.Linear(embed_dim, target_dim)
+            draw_head(self.proj, init, seed=seed)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project every token."""
-        return self.proj(tokens)
+        return self.proj(self.norm(tokens))
 
 
-def build_layer_heads(num_layers: int, embed_dim: int, target_dim: int, *, seed: int) -> nn.ModuleList | None:
-    """Build a Linear from student to teacher width for each of several layers; None where the widths are equal."""
-    if embed_dim == target_dim:
+def build_layer_heads(
+    num_layers: int,
+    embed_dim: int,
+    target_dim: int,
+    *,
+    token_head: Literal["norm_linear", "width"],
+    init: Init,
+    seed: int,
+) -> nn.ModuleList | None:
+    """Build what stands between student and teacher tokens at each of several layers.
+
+    Args:
+        num_layers: relation layers.
+        embed_dim: D.
+        target_dim: T, width of the relation teacher.
+        token_head: `relation.token_head`.
+        init: `student.init`.
+        seed: of the weights.
+
+    Returns:
+        One head per layer; None where the tokens are compared as they are.
+    """
+    norm = token_head == "norm_linear"
+    if not norm and embed_dim == target_dim:
         return None
     # Seeds of their own: equal heads would be trained from the same place.
-    heads = [FeatureHead(embed_dim, target_dim, linear=True, seed=seed + 1 + layer) for layer in range(num_layers)]
+    heads = [
+        FeatureHead(embed_dim, target_dim, init=init, seed=seed + 1 + layer, norm=norm) for layer in range(num_layers)
+    ]
     return nn.ModuleList(heads)
 
 
@@ -59,4 +93,4 @@ def build_head(config: StudentConfig, embed_dim: int, target_dim: int, *, seed: 
             f"student.decoder identity needs equal widths, the student has {embed_dim} and the feature teacher "
             f"{target_dim}; set student.decoder=linear"
         )
-    return FeatureHead(embed_dim, target_dim, linear=config.decoder != "identity", seed=seed)
+    return FeatureHead(embed_dim, target_dim, init=config.init, seed=seed, linear=config.decoder != "identity")

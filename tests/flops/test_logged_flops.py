@@ -14,13 +14,13 @@ from hdscale.types import Batch
 GRID = 4
 
 
-def logged_and_counted(student, feature, relation):
+def logged_and_counted(student, feature, relation, embed_dim=48, **settings):
     recipe = Recipe.model_validate(
         {
             "student": {
                 "model": student,
                 "patch_size": 16,
-                "embed_dim": 48,
+                "embed_dim": embed_dim,
                 "depth": 4,
                 "num_heads": 3,
                 "drop_path": 0.0,
@@ -28,7 +28,7 @@ def logged_and_counted(student, feature, relation):
             "data": {"img_size": GRID * 16},
             "feature_teacher": f"timm:{feature}/random",
             "relation_teacher": f"timm:{relation}/random",
-            "relation": {"heads": "merged"},
+            "relation": {"heads": "merged", **settings},
             "mask": {"source": "online", "images_per_forward": 1},
         }
     )
@@ -71,6 +71,15 @@ def logged_and_counted(student, feature, relation):
 def test_flops_of_the_log_are_those_of_a_real_step_whatever_the_blocks(student, feature, relation):
     logged, counted = logged_and_counted(student, feature, relation)
     assert logged == counted
+
+
+@pytest.mark.parametrize("token_head", ["norm_linear", "width"])
+def test_the_log_counts_what_stands_behind_token_targets(token_head):
+    for width in (48, 192):  # the teacher's is 192
+        logged, counted = logged_and_counted(
+            *["vit_tiny_patch16_224"] * 3, embed_dim=width, target="features", token_head=token_head
+        )
+        assert logged == counted
 
 
 CLIP_B = {"source": "open_clip", "name": "ViT-B-16", "weights": "random"}

@@ -84,11 +84,13 @@ def test_a_teacher_that_drops_patches_costs_less(at):
 
 @pytest.mark.parametrize("target", ["attention", "features"])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
-def test_targets_of_tokens_cost_whole_blocks_and_a_linear_where_widths_differ(target, name):
-    relation = RelationConfig(target=target, layers=(-4, -2))
+@pytest.mark.parametrize("token_head", ["norm_linear", "width"])
+def test_targets_of_tokens_cost_whole_blocks_and_the_linears_that_there_are(target, name, token_head):
+    relation = RelationConfig(target=target, layers=(-4, -2), token_head=token_head)
     step = real_step(MaskConfig(strategy="random", keep_ratio=0.35), relation=relation, relation_name=name)
     teacher = TINY if "tiny" in name else TINY._replace(embed_dim=384)
-    expected = hybrid_step_flops(TINY, TINY, teacher, 5, relation=RelationUse(relation.layers, target))
+    use = RelationUse(relation.layers, target, token_head=token_head)
+    expected = hybrid_step_flops(TINY, TINY, teacher, 5, relation=use)
     assert count_flops(step) == BATCH * expected
 
 
