@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hdscale.config.sections import PretrainConfig
@@ -15,9 +14,9 @@ from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 from hdscale.masking.random import random_keep_indices
 from hdscale.student.build import Student
-from hdscale.student.decoder import draw_linears, fill_places
+from hdscale.student.decoder import TransformerDecoder
+from hdscale.student.init import draw_weights
 from hdscale.types import Batch, LossTerms
-from hdscale.vit.position import sincos_position_embedding
 
 _EPS = 1e-6
 
@@ -25,11 +24,16 @@ _EPS = 1e-6
 class MaskedAutoencoder(nn.Module):
     """MAE (He et al. 2021): the encoder sees the kept patches, a light decoder predicts the pixels of the hidden ones.
 
-    The decoder gets patch tokens only: the class token carries nothing about a single patch.
+    The class token goes through the decoder, which may attend to it; nothing is predicted there.
     """
 
     def __init__(self, encoder: Student, config: PretrainConfig, *, seed: int) -> None:
-        """Put a decoder of random weights behind an encoder.
+        """Put a decoder of MAE's initial weights behind an encoder.
+
+        Args:
+            encoder: what becomes the teacher.
+            config: the recipe's section.
+            seed: of the decoder's weights; the caller's random state is left alone.
 
         Raises:
             UserError: the decoder's width is no multiple of its heads, or of the 4 parts of a sin-cos embedding.
@@ -42,8 +46,20 @@ class MaskedAutoencoder(nn.Module):
             )
         self.encoder = encoder
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.decoder = _Decoder(encoder, config)
+            torch.default_generator.manual_seed(seed)
+            self.decoder = TransformerDecoder(
+                encoder.embed_dim,
+                dim,
+                config.decoder_depth,
+                heads,
+                grid_size=encoder.grid_size,
+                num_prefix_tokens=encoder.num_prefix_tokens,
+                drop_path=0.0,
+                mask_tokens=True,
+            )
+            self.pixels = nn.Linear(dim, 3 * encoder.patch_size**2)
+        decoder = nn.ModuleList([self.decoder, self.pixels])
+        draw_weights(decoder, self.decoder.blocks, "mae", seed=seed, stream="decoder")
 
     def forward(self, images: Tensor, keep_indices: Tensor) -> LossTerms:
         """Return the mean squared error on hidden patches.
@@ -52,39 +68,13 @@ class MaskedAutoencoder(nn.Module):
             images: (B, 3, H, W) uint8.
             keep_indices: (B, K) int64 ascending: the patches the encoder sees.
         """
-        tokens = self.encoder(images, keep_indices).patch_tokens  # (B, K, D)
-        predicted = self.decoder(tokens, keep_indices)  # (B, N, 3 p^2)
+        seen = self.encoder(images, keep_indices)
+        decoded = self.decoder(seen.prefix_tokens, seen.patch_tokens, keep_indices)  # (B, N, decoder width)
+        predicted = self.pixels(decoded)  # (B, N, 3 p^2)
         wanted = normalized_patches(self.encoder.preprocess(images, torch.float32), self.encoder.patch_size)
         errors = (predicted.float() - wanted).square().mean(dim=-1)  # (B, N)
         hidden = torch.ones_like(errors).scatter(1, keep_indices, 0.0)
         return _only_total((errors * hidden).sum() / hidden.sum())
-
-
-class _Decoder(nn.Module):
-    """Kept tokens (B, K, D) to pixels of all patches (B, N, 3 p^2)."""
-
-    pos_embed: Tensor
-
-    def __init__(self, encoder: Student, config: PretrainConfig) -> None:
-        super().__init__()
-        dim = config.decoder_dim
-        self.embed = nn.Linear(encoder.embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.register_buffer("pos_embed", sincos_position_embedding(dim, encoder.grid_size))
-        self.blocks = nn.ModuleList(
-            Block(dim, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)
-        )
-        self.norm = nn.LayerNorm(dim, eps=_EPS)
-        self.pixels = nn.Linear(dim, 3 * encoder.patch_size**2)
-        draw_linears(self)
-
-    def forward(self, tokens: Tensor, keep_indices: Tensor) -> Tensor:
-        """Put mask tokens where nothing was seen, and decode."""
-        seen = self.embed(tokens)  # (B, K, decoder dim)
-        x = fill_places(seen, keep_indices, self.mask_token, self.pos_embed.shape[1]) + self.pos_embed.to(seen.dtype)
-        for block in self.blocks:
-            x = block(x)
-        return self.pixels(self.norm(x))
 
 
 class SupervisedClassifier(nn.Module):

@@ -10,6 +10,7 @@ from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_kee
 from hdscale.student.build import build_student
 from hdscale.student.load import load_student
 from hdscale.types import Batch
+from hdscale.vit.position import sincos_position_embedding
 
 STUDENT = StudentConfig(
     model="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=3, num_heads=4, mlp_ratio=2.0, drop_path=0.0
@@ -54,6 +55,23 @@ def reference_patches(images, patch_size):
     return np.array(rows).reshape(len(images), -1, 3 * patch_size**2)
 
 
+def decode_by_hand(autoencoder, images, keep_indices):
+    """MAE's decoder, image by image and token by token: (B, N, 3 p^2)."""
+    decoder, positions = autoencoder.decoder, sincos_position_embedding(16, 4)[0]
+    seen = autoencoder.encoder(images, keep_indices)
+    rows = []
+    for image, kept in enumerate(keep_indices.tolist()):
+        row = [decoder.embed(seen.prefix_tokens[image, 0])]  # at the position zero
+        for patch in range(16):
+            token = decoder.embed(seen.patch_tokens[image, kept.index(patch)]) if patch in kept else decoder.mask_token
+            row.append(token.flatten() + positions[patch])
+        rows.append(torch.stack(row))
+    x = torch.stack(rows)
+    for block in decoder.blocks:
+        x = block(x)
+    return autoencoder.pixels(decoder.norm(x))[:, 1:]
+
+
 def losses_of(module, *args, steps=40):
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     losses = []
@@ -80,8 +98,7 @@ def test_a_flat_patch_has_a_finite_target():
 
 def test_mae_loss_is_the_mean_squared_error_on_hidden_patches(autoencoder, images, keep_indices):
     with torch.no_grad():
-        tokens = autoencoder.encoder(images, keep_indices).patch_tokens
-        predicted = autoencoder.decoder(tokens, keep_indices).double().numpy()
+        predicted = decode_by_hand(autoencoder, images, keep_indices).double().numpy()
         terms = autoencoder(images, keep_indices)
     wanted = reference_patches(images, 8)
     errors = [
@@ -95,17 +112,16 @@ def test_mae_loss_is_the_mean_squared_error_on_hidden_patches(autoencoder, image
     assert terms.feature.item() == terms.relation.item() == 0
 
 
-def test_the_decoder_puts_each_seen_token_in_its_place(autoencoder, keep_indices):
-    seen = []
-    autoencoder.decoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    tokens = torch.randn(4, 4, 32)
-    autoencoder.decoder(tokens, keep_indices)
-    embedded = autoencoder.decoder.embed(tokens)
-    for b in range(4):
-        for n in range(16):
-            places = keep_indices[b].tolist()
-            token = embedded[b, places.index(n)] if n in places else autoencoder.decoder.mask_token[0, 0]
-            torch.testing.assert_close(seen[0][b, n], token + autoencoder.decoder.pos_embed[0, n])
+def test_the_class_token_goes_through_the_decoder_and_is_trained_by_it(autoencoder, images, keep_indices):
+    seen = autoencoder.encoder(images, keep_indices)
+    decoded = autoencoder.decoder(seen.prefix_tokens, seen.patch_tokens, keep_indices)
+    assert decoded.shape == (4, 16, 16)
+    other = autoencoder.decoder(-seen.prefix_tokens, seen.patch_tokens, keep_indices)
+    assert (decoded - other).abs().amax(dim=(1, 2)).min() > 1e-4
+    # Through the decoder alone: what enters it is cut off from the encoder.
+    prefix = seen.prefix_tokens.detach().requires_grad_()
+    autoencoder.decoder(prefix, seen.patch_tokens.detach(), keep_indices).square().sum().backward()
+    assert prefix.grad.abs().amax(dim=(1, 2)).min() > 0
 
 
 def test_hidden_pixels_do_not_reach_the_encoder(autoencoder, images, keep_indices):

@@ -55,6 +55,14 @@ class Checkpoint(NamedTuple):
                         found[key.partition("/")[2]] = reader.get_tensor(key)
         return found
 
+    def names(self, kind: str) -> set[str]:
+        """List the tensors of one kind by parameter name, from the files' headers."""
+        found: set[str] = set()
+        for file in self.path.glob("*.safetensors"):
+            with safe_open(file, "pt") as reader:
+                found |= {key.partition("/")[2] for key in reader.keys() if key.startswith(kind + "/")}  # noqa: SIM118
+        return found
+
     def module_state(self) -> dict[str, Tensor]:
         """Return weights and buffers as `load_state_dict` takes them."""
         return self.tensors(WEIGHT) | self.tensors(BUFFER)

@@ -55,7 +55,10 @@ class TransformerDecoder(nn.Module):
         rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, qkv_bias=True, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(decoder_dim, eps=_EPS)
-        draw_linears(self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         # Only where it is used: a parameter without a gradient stalls ZeRO.
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02) if mask_tokens else None
 
@@ -92,13 +95,20 @@ class TransformerDecoder(nn.Module):
         """Return what goes into the first block: (B, P + K or N, width)."""
         x = self.embed(torch.cat([prefix_tokens, patch_tokens], dim=1))
         if self.mask_token is not None and keep_indices is not None:
-            prefix, seen = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            x = torch.cat([prefix, fill_places(seen, keep_indices, self.mask_token, self.num_patches)], dim=1)
+            x = self._fill(x, keep_indices)
         positions = self.pos_embed.to(x.dtype)  # DeepSpeed leaves buffers in float32
         if keep_indices is not None and x.shape[1] != positions.shape[1]:
             rows = token_rows(keep_indices, self.num_prefix_tokens)
             positions = take_rows(positions.expand(len(x), -1, -1), rows)
         return x + positions
+
+    def _fill(self, x: Tensor, keep_indices: Tensor) -> Tensor:
+        """Put mask tokens where nothing was seen: (B, P + K, width) to (B, P + N, width) in the image's order."""
+        assert self.mask_token is not None
+        prefix, seen = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        everywhere = self.mask_token.to(x.dtype).expand(len(x), self.num_patches, -1)
+        places = keep_indices.unsqueeze(-1).expand_as(seen)
+        return torch.cat([prefix, everywhere.scatter(1, places, seen)], dim=1)
 
 
 def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> TransformerDecoder | None:
@@ -127,17 +137,3 @@ def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> Tran
         )
     draw_weights(decoder, decoder.blocks, config.init, seed=seed, stream="decoder")
     return decoder
-
-
-def draw_linears(module: nn.Module) -> None:
-    """Give every Linear in a module new weights from torch's generator, as MAE does, and a bias of zeros."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-
-def fill_places(seen: Tensor, keep_indices: Tensor, mask_token: Tensor, num_patches: int) -> Tensor:
-    """Put mask tokens (1, 1, D) where nothing was seen: (B, K, D) to (B, N, D) in the image's order."""
-    everywhere = mask_token.to(seen.dtype).expand(len(seen), num_patches, -1)
-    return everywhere.scatter(1, keep_indices.unsqueeze(-1).expand_as(seen), seen)

@@ -14,7 +14,7 @@ from hdscale.engine.ranks import distributed
 from hdscale.errors import UserError
 from hdscale.export import export_student
 from hdscale.pretraining import MaskedAutoencoder, SupervisedClassifier, mae_keep_indices
-from hdscale.runs.checkpoint import require_checkpoint
+from hdscale.runs.checkpoint import WEIGHT, Checkpoint, require_checkpoint
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import build_student
 from hdscale.training.loop import train_run
@@ -42,7 +42,8 @@ def pretrain(
         allow_change: what may differ from the run's earlier start.
         stream: where the first rank shows progress.
     """
-    run = with_fingerprints(check_run(recipe, ds_config, allow_change), {"method": method})
+    run = check_run(recipe, ds_config, allow_change, check_checkpoint=_refuse_earlier_decoder)
+    run = with_fingerprints(run, {"method": method})
     if method == "supervised":
         require_labels(run.shards, "--method supervised")
     module, engine_arguments = _build(recipe, method, len(run.shards.classes))
@@ -54,6 +55,15 @@ def pretrain(
             export_student(state, recipe.student, recipe.data.img_size, run.folder / ENCODER_FILE, kind=method)
             mark_done(run.folder, done=True)
     return code
+
+
+def _refuse_earlier_decoder(checkpoint: Checkpoint) -> None:
+    """Refuse the MAE of a version whose decoder got patch tokens alone and held the pixels' Linear itself."""
+    if "decoder.pixels.weight" in checkpoint.names(WEIGHT):
+        raise UserError(
+            f"{checkpoint.path}: this MAE is of an earlier version, whose decoder lacks the class token, and cannot go "
+            "on: choose another run.name (its encoder.safetensors, if it has one, stays good as a teacher)"
+        )
 
 
 def _build(recipe: Recipe, method: str, num_classes: int) -> tuple[nn.Module, Callable[[Batch], tuple[Any, ...]]]:

@@ -79,13 +79,20 @@ def planned_precision(recipe: Recipe) -> str:
     return resolve_precision(recipe.run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def check_run(recipe: Recipe, ds_config: Mapping[str, Any], allow_change: Sequence[str] = ()) -> Run:
+def check_run(
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    allow_change: Sequence[str] = (),
+    *,
+    check_checkpoint: Callable[[Checkpoint], None] = lambda _: None,
+) -> Run:
     """Check a run against its data and against what its folder already holds; the disk is read, nothing is built.
 
     Args:
         recipe: resolved.
         ds_config: checked file of `ds_configs/`.
         allow_change: fields and fingerprints that may differ from the run's earlier start.
+        check_checkpoint: refuses what cannot go on whatever is changed or allowed, before the recipe is compared.
 
     Raises:
         UserError: whatever the person who started the run can mend.
@@ -103,6 +110,7 @@ def check_run(recipe: Recipe, ds_config: Mapping[str, Any], allow_change: Sequen
     fingerprints = {"data": shards.digest, "precision": precision, **{f"view {name}": views[name] for name in views}}
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
+        check_checkpoint(checkpoint)
         check_recipe_unchanged(folder, recipe, allow_change)
     completed = student_ds_config(ds_config, recipe.optim, accumulation=accumulation, precision=precision)
     run = Run(recipe, completed, folder, shards, schedule, accumulation, precision, {}, checkpoint, allow_change)
@@ -131,7 +139,7 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
     """Build the training engine, from the run's checkpoint when it has one, and write what the run was asked for."""
     _check_ranks_agree(run, ranks)
     if run.checkpoint is not None:
-        module.load_state_dict(run.checkpoint.module_state())
+        _load_weights(module, run.checkpoint)
     if run.recipe.student.drop_path_per == "sample":
         use_sample_drop_path(module)
     engine = build_student_engine(module, run.ds_config, run.recipe.optim)
@@ -142,6 +150,15 @@ def start_engine(run: Run, module: nn.Module, ranks: Ranks) -> Engine:
         write_run_folder(run.folder, run.recipe, run.ds_config, ranks.world_size)
     dist.barrier()
     return engine
+
+
+def _load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
+    try:
+        module.load_state_dict(checkpoint.module_state())
+    except RuntimeError as error:  # a change that --allow-change lets through
+        reason = " ".join(str(error).split())[:300]
+        message = f"{checkpoint.path}: its weights do not fit what has changed in the recipe ({reason}): set it back"
+        raise UserError(f"{message}, or choose another run.name", reported_by=0) from error
 
 
 def _check_ranks_agree(run: Run, ranks: Ranks) -> None:

@@ -229,3 +229,15 @@ def test_a_run_that_has_come_to_its_end_says_so_and_trains_nothing(
     assert said.getvalue() == f"{run.folder}: step {step} of 20 is done already\n"
     assert nothing.getvalue() == ""
     assert loop_calls == []
+
+
+def test_weights_that_a_permitted_change_does_not_fit_are_refused_in_one_line(recipe, earlier, process_group):
+    earlier(checked(recipe).fingerprints)
+    ranks = Ranks(0, 1, 0, torch.device("cpu"), ("alpha",))
+    with pytest.raises(UserError) as error:
+        start_engine(checked(recipe), torch.nn.Linear(1, 1), ranks)
+    message = str(error.value)
+    assert "checkpoints/step-000000004: its weights do not fit what has changed in the recipe" in message
+    assert "nothing" in message
+    assert message.endswith("set it back, or choose another run.name")
+    assert "\n" not in message
