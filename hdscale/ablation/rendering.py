@@ -155,7 +155,8 @@ def _caption(report: Report) -> str:
         f"Ours: accuracy on {num} held-out samples, {spread}; head distance and NMI of the last layer, mean over "
         f"heads, and its heads' standard deviation (smallest .. largest){seeds}; GFLOP with the teachers', and how "
         "many times those of the feature teacher alone without masks (the paper's Appendix D: about 1.2 times the "
-        "time, ViT-B without masks). The paper's figures are COCO and ADE20K after fine-tuning, which are not measured here."
+        "time, ViT-B without masks). The paper's figures are COCO and ADE20K after fine-tuning, which are not measured "
+        "here."
     )
 
 
