@@ -141,7 +141,7 @@ def test_heads_of_several_seeds_are_not_mixed_and_their_range_is_that_of_all():
 
 def test_a_row_without_measures_has_no_heads():
     line = render_markdown(report(result("random"))).splitlines()[6]
-    assert [cell.strip() for cell in line.strip("| ").split(" | ")][3:] == ["-"] * 8
+    assert [cell.strip() for cell in line.strip("| ").split(" | ")][3:] == ["-"] * 9
 
 
 def test_a_figure_has_its_curves_over_layers_and_no_column_of_the_paper_s():

@@ -40,7 +40,9 @@ class Setting:
             self.recipe.loss,
             img_size=SIDE,
             seed=3,
-            teachers=TeacherShapes(40 if feature else None, 3 if relation else None, teacher_has_cls=True),
+            teachers=TeacherShapes(
+                feature_dim=40 if feature else None, relation_heads=3 if relation else None, teacher_has_cls=True
+            ),
         ).train()
         with torch.no_grad():
             for index, parameter in enumerate(self.distiller.parameters()):
