@@ -212,7 +212,7 @@ def build_distiller(
         head,
         relation,
         loss,
-        cls_in_relation=relations_include_cls(relation, student_has_cls=has, teacher_has_cls=teachers.teacher_has_cls),
+        cls_in_relation=relations_include_cls(relation, student_has_cls=has, teacher_has_cls=teachers.relation_has_cls),
         cls_in_features=features_include_cls(loss, student_has_cls=has, teacher_has_cls=teachers.feature_has_cls),
         layer_heads=layer_heads,
         decoder=decoder,

@@ -68,7 +68,7 @@ class TeacherShapes(NamedTuple):
     feature_has_cls: bool = False  # whether the feature teacher has a class token
     relation_heads: int | None = None  # A, attention heads of the relation teacher; None without one
     relation_dim: int | None = None  # width of the relation teacher's tokens, where `relation.target` is tokens
-    teacher_has_cls: bool = False  # whether the relation teacher has a class token
+    relation_has_cls: bool = False  # whether the relation teacher has a class token
 
 
 class LossTerms(NamedTuple):

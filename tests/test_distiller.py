@@ -39,7 +39,7 @@ def make(
             feature_dim=feature_dim,
             relation_heads=relation_heads,
             relation_dim=relation_dim,
-            teacher_has_cls=teacher_has_cls,
+            relation_has_cls=teacher_has_cls,
         ),
     )
 

@@ -35,7 +35,7 @@ def trained(config, images):
         LossConfig(),
         img_size=32,
         seed=0,
-        teachers=TeacherShapes(feature_dim=24, relation_heads=4, teacher_has_cls=True),
+        teachers=TeacherShapes(feature_dim=24, relation_heads=4, relation_has_cls=True),
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

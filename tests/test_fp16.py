@@ -144,7 +144,7 @@ def step(world, how, *overrides):
         img_size=32,
         seed=0,
         teachers=TeacherShapes(
-            feature_dim=48, feature_has_cls=True, relation_heads=3, relation_dim=48, teacher_has_cls=True
+            feature_dim=48, feature_has_cls=True, relation_heads=3, relation_dim=48, relation_has_cls=True
         ),
     )
     pair = TeacherPair(

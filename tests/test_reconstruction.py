@@ -37,7 +37,7 @@ def make(mask_tokens, decoder, features_on, **changes):
         LossConfig(features_on=features_on),
         img_size=32,
         seed=1,
-        teachers=TeacherShapes(feature_dim=20, relation_heads=4, teacher_has_cls=True),
+        teachers=TeacherShapes(feature_dim=20, relation_heads=4, relation_has_cls=True),
     )
 
 

@@ -42,7 +42,7 @@ class Teachers(NamedTuple):
             feature_has_cls=self.feature is not None and self.feature.has_cls,
             relation_heads=None if self.relation is None else self.relation.num_heads,
             relation_dim=None if self.relation is None else self.relation.embed_dim,
-            teacher_has_cls=self.relation is not None and self.relation.has_cls,
+            relation_has_cls=self.relation is not None and self.relation.has_cls,
         )
 
 

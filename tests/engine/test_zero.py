@@ -36,7 +36,7 @@ def distiller(world):
         recipe.loss,
         img_size=32,
         seed=0,
-        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, relation_has_cls=True),
     )
 
 
@@ -76,7 +76,7 @@ def test_every_kind_of_token_is_free_of_decay(student, wanted, world):
         recipe.loss,
         img_size=32,
         seed=0,
-        teachers=TeacherShapes(feature_dim=48, relation_heads=3, teacher_has_cls=True),
+        teachers=TeacherShapes(feature_dim=48, relation_heads=3, relation_has_cls=True),
     )
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     decayed, plain = parameter_groups(module, 0.05)

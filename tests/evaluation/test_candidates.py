@@ -46,7 +46,7 @@ def teacher_names(tmp_path):
                 recipe.loss,
                 img_size=32,
                 seed=0,
-                teachers=TeacherShapes(relation_heads=4, teacher_has_cls=True),
+                teachers=TeacherShapes(relation_heads=4, relation_has_cls=True),
             )
             runs.append(TrainedRun(Path(f"run-{number}"), recipe, distiller.state_dict(), 1, None))
         return [candidate.name for candidate in summary_candidates(runs) if candidate.role == "teacher"]

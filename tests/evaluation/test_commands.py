@@ -105,7 +105,7 @@ def world(tmp_path_factory, process_group):
             img_size=32,
             seed=3,
             teachers=TeacherShapes(
-                feature_dim=32, relation_heads=None if name == "feature_only" else 4, teacher_has_cls=True
+                feature_dim=32, relation_heads=None if name == "feature_only" else 4, relation_has_cls=True
             ),
         )
         # As of now, and as of an older run, whose checkpoints do not say.

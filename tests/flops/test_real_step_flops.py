@@ -40,7 +40,7 @@ def real_step(mask, loss=LossConfig(), relation=None, relation_name="vit_tiny_pa
             feature_dim=192,
             relation_heads=relation_teacher.num_heads,
             relation_dim=relation_teacher.embed_dim,
-            teacher_has_cls=True,
+            relation_has_cls=True,
         ),
     )
     pair = TeacherPair(

@@ -112,7 +112,7 @@ def distiller_of(student, *, feature_dim, img_size=224, seed=0, relation_dim=Non
         img_size=img_size,
         seed=seed,
         teachers=TeacherShapes(
-            feature_dim=feature_dim, relation_heads=3, relation_dim=relation_dim, teacher_has_cls=True
+            feature_dim=feature_dim, relation_heads=3, relation_dim=relation_dim, relation_has_cls=True
         ),
     )
 

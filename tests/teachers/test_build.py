@@ -125,7 +125,7 @@ def test_mask_stages_are_thirds_of_the_depth_or_the_last_block():
 def test_a_student_has_to_fit_the_teachers_there_are_and_no_others(tiny_config):
     teacher = build_teacher(tiny_config)
     assert Teachers(teacher, None).shapes() == TeacherShapes(feature_dim=48, feature_has_cls=True)
-    relation = TeacherShapes(relation_heads=3, relation_dim=48, teacher_has_cls=True)
+    relation = TeacherShapes(relation_heads=3, relation_dim=48, relation_has_cls=True)
     assert Teachers(None, teacher).shapes() == relation
     without_cls = build_teacher(TeacherConfig(name="vit_medium_patch16_gap_240", weights="random"))
     heads, dim = without_cls.num_heads, without_cls.embed_dim

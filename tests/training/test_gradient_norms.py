@@ -41,7 +41,7 @@ class Setting:
             img_size=SIDE,
             seed=3,
             teachers=TeacherShapes(
-                feature_dim=40 if feature else None, relation_heads=3 if relation else None, teacher_has_cls=True
+                feature_dim=40 if feature else None, relation_heads=3 if relation else None, relation_has_cls=True
             ),
         ).train()
         with torch.no_grad():

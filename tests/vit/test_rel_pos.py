@@ -104,7 +104,7 @@ def test_every_parameter_gets_a_gradient_and_recomputing_changes_none(keep, imag
                 LossConfig(),
                 img_size=32,
                 seed=0,
-                teachers=TeacherShapes(feature_dim=20, relation_heads=4, teacher_has_cls=True),
+                teachers=TeacherShapes(feature_dim=20, relation_heads=4, relation_has_cls=True),
             )
         )
         count = 16 if keep is None else 4

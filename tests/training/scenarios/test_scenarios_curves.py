@@ -45,7 +45,7 @@ def untrained(recipe):
         recipe.loss,
         img_size=32,
         seed=recipe.run.seed,
-        teachers=TeacherShapes(feature_dim=48, feature_has_cls=True, relation_heads=3, teacher_has_cls=True),
+        teachers=TeacherShapes(feature_dim=48, feature_has_cls=True, relation_heads=3, relation_has_cls=True),
     )
 
 
