@@ -17,6 +17,7 @@ from hdscale.config.history import bears_on_result
 from hdscale.config.loading import RECIPE_FILE, changed_fields, flat_fields, load_recipe, load_run_recipe
 from hdscale.config.recipe import Recipe
 from hdscale.errors import UserError
+from hdscale.runs.folder import changed_on_the_way
 
 _WORD = re.compile(r"@([a-z0-9_]+)(?::(\S+))?$")
 _STUDENT_FILE = "student.safetensors"
@@ -165,21 +166,26 @@ class JobBuilder:
         output = self._settings.output
         ending = f"{_run_digest(recipe, output)}-seed{seed}"
         if ending not in self._folders:
-            there = sorted((output / "runs").glob(f"*-{ending}"))
+            there = [path for path in sorted((output / "runs").glob(f"*-{ending}")) if not changed_on_the_way(path)]
             folder = there[0] if there else self._folders_by_recipe.get(ending)
-            name = f"{self._settings.table.key}-{row.key}-{ending}"
-            self._folders[ending] = folder or output / "runs" / name
+            begun = output / "runs" / f"{self._settings.table.key}-{row.key}-{ending}"
+            if begun.exists():  # and was changed on the way
+                begun = begun.with_name(f"{self._settings.table.key}-{row.key}-anew-{ending}")
+            self._folders[ending] = folder or begun
         return self._folders[ending]
 
     @functools.cached_property
     def _folders_by_recipe(self) -> dict[str, Path]:
         """Find run folders by what their recipes mean: earlier versions ended names otherwise.
 
-        Of several that mean the same, one that is done, then the first by name.
+        Of several that mean the same, one that is done, then the first by name. A run whose recipe was changed on the
+        way is none of them.
         """
         found: dict[str, Path] = {}
         runs = sorted((self._settings.output / "runs").glob(f"*/{RECIPE_FILE}"))
         for file in sorted(runs, key=lambda file: not (file.parent / "DONE").is_file()):
+            if changed_on_the_way(file.parent):
+                continue
             with contextlib.suppress(UserError):  # whatever it is, it is no row of today
                 recipe = load_run_recipe(file.parent)
                 # Teachers lie beside it, in what its ablation was called when it was started.

@@ -47,14 +47,26 @@ def check_recipe_unchanged(folder: Path, recipe: Recipe, allow_change: Sequence[
 
 
 def write_run_folder(folder: Path, recipe: Recipe, ds_config: Mapping[str, Any], world_size: int) -> None:
-    """Write the resolved recipe, the DeepSpeed config and the environment."""
+    """Write the resolved recipe, the DeepSpeed config and the environment.
+
+    The recipe is the newest start's; fields in which a start before had another value stay named in the environment.
+    """
+    environment = _environment(world_size) | {"changed_on_the_way": _all_changes(folder, recipe)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (folder / ENVIRONMENT_FILE).write_text(json.dumps(_environment(world_size), indent=2) + "\n")
+        (folder / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise _unwritable(folder, error) from error
+
+
+def changed_on_the_way(folder: Path) -> list[str]:
+    """Name the recipe's fields that --allow-change has let differ between a run's starts: no one recipe made it."""
+    try:
+        return json.loads((folder / ENVIRONMENT_FILE).read_text()).get("changed_on_the_way", [])
+    except (OSError, ValueError):  # not started yet, or not to the end of this file
+        return []
 
 
 def mark_done(folder: Path, *, done: bool) -> None:
@@ -66,6 +78,13 @@ def mark_done(folder: Path, *, done: bool) -> None:
             (folder / "DONE").unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from error
+
+
+def _all_changes(folder: Path, recipe: Recipe) -> list[str]:
+    now = []
+    if (folder / RECIPE_FILE).is_file():
+        now = [field for field, *_ in changed_fields(load_run_recipe(folder), recipe)]
+    return sorted({*changed_on_the_way(folder), *now})
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -52,7 +52,7 @@ def test_a_dry_run_lists_every_row_and_the_commands_say_what_the_rows_are(table,
 
 @pytest.mark.parametrize("table", ROWS)
 def test_fresh_views_with_masks_made_in_the_step_need_no_store(table, tmp_path, capsys):
-    asked = ("data.views=fresh", "mask.source=online")
+    asked = ("data.views=4", "mask.source=store", "data.views=fresh", "mask.source=online")  # the last ones count
     rows = listed(capsys, table, "--scale", "b-in1k", "--output", str(tmp_path), *asked)
     assert "precompute_masks.py" not in [script for _, commands in rows for script, *_ in commands]
 

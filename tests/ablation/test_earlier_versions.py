@@ -12,6 +12,7 @@ from hdscale.ablation.running import adopt_teachers
 from hdscale.ablation.scales import SCALES
 from hdscale.config.history import LATER_FIELDS
 from hdscale.config.loading import dump_recipe, load_recipe
+from hdscale.runs.folder import changed_on_the_way, write_run_folder
 
 DEMO, REAL = SCALES["demo"], SCALES["b-in1k"]
 AS_BEFORE = [f"{field}={later.before}" for field, later in LATER_FIELDS.items()]
@@ -91,6 +92,31 @@ def test_of_two_runs_that_mean_the_same_the_finished_one_is_taken(tmp_path):
     assert row_of("8", "none", DEMO, tmp_path, *AS_BEFORE).folder == first
     (first / "DONE").unlink()
     assert row_of("8", "none", DEMO, tmp_path, *AS_BEFORE).folder == second
+
+
+def test_a_run_whose_recipe_was_changed_on_the_way_stands_for_no_row(tmp_path):
+    recipe = row_of("8", "none", DEMO, tmp_path).recipe
+    for name in ("a-1-seed0", recipe.run.name):  # found by what its recipe means, and by its name
+        folder = tmp_path / "runs" / name
+        before = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"cls": "exclude"})})
+        write_run_folder(folder, before, {}, 2)
+        write_run_folder(folder, recipe, {}, 2)
+        write_run_folder(folder, recipe, {}, 2)  # once changed, always
+        (folder / "DONE").write_text("")
+        assert changed_on_the_way(folder) == ["loss.cls"]
+    today = row_of("8", "none", DEMO, tmp_path)
+    assert not today.folder.exists()
+    assert not today.is_done
+    write_run_folder(today.folder, today.recipe, {}, 2)  # begun anew, and found again
+    assert row_of("8", "none", DEMO, tmp_path).folder == today.folder
+
+
+def test_a_run_that_was_started_twice_alike_stands_for_its_row(tmp_path):
+    recipe = row_of("8", "none", DEMO, tmp_path).recipe
+    for free in (3, 5):  # keeping more checkpoints changes no result
+        changed = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"keep": free})})
+        write_run_folder(tmp_path / "runs" / "a-1-seed0", changed, {}, 2)
+    assert changed_on_the_way(tmp_path / "runs" / "a-1-seed0") == []
 
 
 def test_teachers_count_by_their_place_in_the_ablation_and_not_by_what_it_was_called(tmp_path):
