@@ -8,7 +8,7 @@ Named tuples, because ZeRO-3 hooks look only into tuples, lists and dicts for th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -59,6 +59,14 @@ class Targets(NamedTuple):
     relations: tuple[Tensor, ...]
     """Per relation layer (B, A or 1, P' + K, P' + K) float32, or tokens (B, P' + K, T) where `relation.target` asks for
     them; empty without that teacher."""
+
+
+class ComparedTokens(NamedTuple):
+    """At which tokens student and teachers are compared."""
+
+    cls_in_relation: bool  # relations have the class token's row and column first
+    cls_in_features: bool = False  # features have the class token's row first
+    features_on: Literal["kept", "hidden", "all"] = "kept"  # the patches whose features are, as `loss.features_on`
 
 
 class TeacherShapes(NamedTuple):

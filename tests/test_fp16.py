@@ -18,7 +18,7 @@ from hdscale.losses import feature_loss, relation_loss, token_relation
 from hdscale.masking.progressive import keep_least_redundant
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch, TeacherShapes
+from hdscale.types import Batch, ComparedTokens, TeacherShapes
 from hdscale.vit.encoder import Outputs, ViTEncoder
 
 LOSS_SCALE = 2.0**16  # where engines start
@@ -154,8 +154,7 @@ def step(world, how, *overrides):
         mask_config=recipe.mask,
         seed=0,
         num_patches=64,
-        cls_in_relation=distiller.cls_in_relation,
-        cls_in_features=distiller.cls_in_features,
+        compared=ComparedTokens(cls_in_relation=distiller.cls_in_relation, cls_in_features=distiller.cls_in_features),
     )
     distiller, inside = cast(distiller, how)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

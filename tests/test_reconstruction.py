@@ -9,7 +9,7 @@ from hdscale.distiller import build_distiller
 from hdscale.losses import token_relation
 from hdscale.student.load import load_student
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch, Targets, TeacherShapes, ViTOutput
+from hdscale.types import Batch, ComparedTokens, Targets, TeacherShapes, ViTOutput
 from hdscale.vit.tokens import other_indices
 
 SIZES = {"model": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
@@ -160,8 +160,7 @@ def test_the_feature_teacher_is_asked_for_the_compared_patches(features_on, imag
         mask_config=MaskConfig(strategy="direct"),
         seed=0,
         num_patches=16,
-        cls_in_relation=True,
-        features_on=features_on,
+        compared=ComparedTokens(cls_in_relation=True, features_on=features_on),
     )
     ids = torch.arange(2)
     targets = pair(Batch(images, ids, ids, ids * 0, ids * 0, KEEP))

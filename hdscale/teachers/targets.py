@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from hdscale.losses import token_relation
 from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
-from hdscale.types import Batch, Targets, ViTOutput
+from hdscale.types import Batch, ComparedTokens, Targets, ViTOutput
 from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
 
 
@@ -32,9 +31,7 @@ class TeacherPair:
         mask_config: MaskConfig,
         seed: int,
         num_patches: int,
-        cls_in_relation: bool,
-        cls_in_features: bool = False,
-        features_on: Literal["kept", "hidden", "all"] = "kept",
+        compared: ComparedTokens,
     ) -> None:
         """Take built teachers.
 
@@ -45,9 +42,7 @@ class TeacherPair:
             mask_config: which patches are kept.
             seed: of random masks.
             num_patches: N.
-            cls_in_relation: relations have the class token's row and column first.
-            cls_in_features: features have the class token's row first.
-            features_on: the patches whose features are given, as `loss.features_on`.
+            compared: of which tokens relations and features are given.
         """
         self.feature = feature
         self.relation = relation
@@ -55,9 +50,7 @@ class TeacherPair:
         self.mask_config = mask_config
         self.seed = seed
         self.num_patches = num_patches
-        self.cls_in_relation = cls_in_relation
-        self.cls_in_features = cls_in_features
-        self.features_on = features_on
+        self.compared = compared
 
     def __call__(self, batch: Batch) -> Targets:
         """Choose the kept patches and return what the teachers say of them."""
@@ -73,16 +66,16 @@ class TeacherPair:
             return Targets(keep_indices, features, relations)
 
     def _features(self, output: ViTOutput) -> Tensor | None:
-        if not self.cls_in_features:
+        if not self.compared.cls_in_features:
             return output.patch_tokens
         assert output.prefix_tokens is not None
         assert output.patch_tokens is not None
         return torch.cat([output.prefix_tokens[:, :1], output.patch_tokens], dim=1)
 
     def _feature_indices(self, keep_indices: Tensor | None) -> Tensor | None:
-        if keep_indices is None or self.features_on == "all":
+        if keep_indices is None or self.compared.features_on == "all":
             return None
-        return keep_indices if self.features_on == "kept" else other_indices(keep_indices, self.num_patches)
+        return keep_indices if self.compared.features_on == "kept" else other_indices(keep_indices, self.num_patches)
 
     def _given_indices(self, batch: Batch) -> Tensor | None:
         mask = self.mask_config
@@ -117,7 +110,7 @@ class TeacherPair:
 
     def _related(self, output: ViTOutput, num_patches: int) -> tuple[Tensor, ...]:
         """Turn an output of `num_patches` patches into relations (B, A or 1, S, S) or tokens (B, S, T) by layer."""
-        config, cls = self.relation_config, self.cls_in_relation
+        config, cls = self.relation_config, self.compared.cls_in_relation
         relations = [relation_tokens(x, x.shape[1] - num_patches, cls=cls) for x in output.layer_tokens]
         for pair in zip(output.queries, output.keys, strict=True):
             query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=cls) for x in pair)

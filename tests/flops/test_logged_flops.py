@@ -9,7 +9,7 @@ from hdscale.distiller import build_distiller
 from hdscale.flops import count_flops, flops_over_one_teacher, step_flops_per_image
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch
+from hdscale.types import Batch, ComparedTokens
 
 GRID = 4
 
@@ -50,8 +50,7 @@ def logged_and_counted(student, feature, relation, embed_dim=48, **settings):
         mask_config=recipe.mask,
         seed=0,
         num_patches=GRID**2,
-        cls_in_relation=distiller.cls_in_relation,
-        cls_in_features=distiller.cls_in_features,
+        compared=ComparedTokens(cls_in_relation=distiller.cls_in_relation, cls_in_features=distiller.cls_in_features),
     )
     ids = torch.zeros(1, dtype=torch.int64)
     batch = Batch(torch.zeros(1, 3, GRID * 16, GRID * 16, dtype=torch.uint8), ids, ids, ids, ids, None)

@@ -13,7 +13,7 @@ from hdscale.distiller import Distiller, build_distiller
 from hdscale.flops import HeadSizes, ViTSizes, count_flops, hybrid_step_flops, student_step_flops, vit_forward_flops
 from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch, Targets
+from hdscale.types import Batch, ComparedTokens, Targets
 from hdscale.vit.encoder import Recompute
 
 RECIPE = Path(__file__).resolve().parents[2] / "launch/recipes/vit_l_in21k.yaml"
@@ -54,8 +54,7 @@ def step():
         mask_config=recipe.mask,
         seed=0,
         num_patches=PATCHES,
-        cls_in_relation=distiller.cls_in_relation,
-        cls_in_features=distiller.cls_in_features,
+        compared=ComparedTokens(cls_in_relation=distiller.cls_in_relation, cls_in_features=distiller.cls_in_features),
     )
     with FakeTensorMode():
         for module in (distiller, teachers.feature, teachers.relation):

@@ -10,7 +10,7 @@ from hdscale.flops import DecoderSizes, HeadSizes, RelationUse, ViTSizes, count_
 from hdscale.masking.progressive import patches_by_block
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch, TeacherShapes
+from hdscale.types import Batch, ComparedTokens, TeacherShapes
 
 TINY = ViTSizes(depth=12, embed_dim=192, num_patches=16, patch_size=16)
 BATCH, GRID = 2, 4
@@ -50,8 +50,7 @@ def real_step(mask, loss=LossConfig(), relation=None, relation_name="vit_tiny_pa
         mask_config=mask,
         seed=0,
         num_patches=GRID**2,
-        cls_in_relation=distiller.cls_in_relation,
-        features_on=loss.features_on,
+        compared=ComparedTokens(cls_in_relation=distiller.cls_in_relation, features_on=loss.features_on),
     )
     ids = torch.arange(BATCH)
     images = torch.randint(0, 256, (BATCH, 3, GRID * 16, GRID * 16), dtype=torch.uint8)

@@ -42,13 +42,12 @@ def short_run(
     log=1,
     save=1000,
     keep=3,
-    drop_path_per="sample",
 ):
     """Return a run of five steps, which logs and saves every so many; its folder is the loop's."""
     recipe = SimpleNamespace(
         run=RunConfig(seed=seed),
         optim=OptimConfig(global_batch_size=32, micro_batch_size=MICRO_BATCH),
-        student=StudentConfig(drop_path_per=drop_path_per),
+        student=StudentConfig(),
         schedule=ScheduleConfig(stop_after=end_step),
         log=LogConfig(every_steps=log),
         checkpoint=CheckpointConfig(every_steps=save, keep=keep),

@@ -9,7 +9,7 @@ from hdscale.masking.progressive import keep_least_redundant, progressive_keep_i
 from hdscale.masking.random import random_keep_indices
 from hdscale.teachers.build import build_teacher
 from hdscale.teachers.targets import TeacherPair, online_keep_indices
-from hdscale.types import Batch
+from hdscale.types import Batch, ComparedTokens
 from tests.helpers.launcher import ROOT
 
 
@@ -43,7 +43,7 @@ def pair_of(feature, relation, mask, *, cls=True, **relation_settings) -> Teache
         mask_config=mask,
         seed=7,
         num_patches=16,
-        cls_in_relation=cls,
+        compared=ComparedTokens(cls_in_relation=cls),
     )
 
 
@@ -148,7 +148,7 @@ def test_two_epochs_of_the_demo_with_fresh_views_and_random_masks_repeat_no_mask
         mask_config=recipe.mask,
         seed=seed,
         num_patches=64,
-        cls_in_relation=True,
+        compared=ComparedTokens(cls_in_relation=True),
     )
     seen, shown = set(), set()
     for batch in loader:

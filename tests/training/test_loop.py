@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hdscale.config.sections import StudentConfig
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 from hdscale.runs.checkpoint import newest_checkpoint, open_checkpoint
@@ -111,7 +112,9 @@ def test_a_resumed_run_takes_the_rates_of_its_steps(new_loop):
 
 
 def seeds(loop, rank=0, **settings):
-    loop.train(short_run(drop_path_per="rank", **settings), ranks=(rank, 4))
+    run = short_run(**settings)
+    run.recipe.student = StudentConfig(drop_path_per="rank")
+    loop.train(run, ranks=(rank, 4))
     return loop.engine.seeds
 
 

@@ -8,6 +8,7 @@ from hdscale.teachers.build import build_teachers
 from hdscale.teachers.targets import TeacherPair
 from hdscale.training.distill import build_teacher_engines, teacher_digests
 from hdscale.training.loop import run_loader, train_step
+from hdscale.types import ComparedTokens
 from tests.helpers.sessions import started
 from tests.training.scenarios.lab import REPLICATED
 
@@ -32,8 +33,7 @@ def teachers(lab):
             mask_config=recipe.mask,
             seed=recipe.run.seed,
             num_patches=64,
-            cls_in_relation=True,
-            cls_in_features=True,
+            compared=ComparedTokens(cls_in_relation=True, cls_in_features=True),
         )
         (_, sharded), replicated = session.ask_teachers(batch), pair(batch)
         found["equal"] = lab.everyone(
