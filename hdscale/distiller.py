@@ -74,6 +74,13 @@ class Distiller(nn.Module):
         relation = self._relation_term(output, targets)
         return LossTerms(feature + self.loss.alpha * relation, feature, relation)
 
+    @property
+    def cls_in_loss(self) -> bool:
+        """Whether a loss looks at the final class token, as one of the features or of a relation layer's tokens."""
+        last = self.student.depth - 1
+        is_token = self.relation.target == "features" and last in self.student.encoder.outputs.relation_layers
+        return self.cls_in_features or (is_token and self.cls_in_relation)
+
     def _feature_term(self, output: ViTOutput, targets: Targets) -> Tensor:
         assert (self.head is None) == (targets.features is None), "head and feature teacher come together"
         assert output.patch_tokens is not None
@@ -198,14 +205,8 @@ def build_distiller(
     layer_heads = None
     if teachers.relation_heads is not None and relation.target != "relation":
         assert teachers.relation_dim is not None, "token targets have a width"
-        layer_heads = build_layer_heads(
-            len(layers),
-            model.embed_dim,
-            teachers.relation_dim,
-            token_head=relation.token_head,
-            init=student.init,
-            seed=seed,
-        )
+        how = {"token_head": relation.token_head, "init": student.init, "seed": seed}
+        layer_heads = build_layer_heads(len(layers), model.embed_dim, teachers.relation_dim, **how)
     has = model.has_cls
     return Distiller(
         model,

@@ -19,8 +19,9 @@ from hdscale.engine.ranks import Ranks
 from hdscale.flops import count_flops, step_flops_per_image
 from hdscale.student.build import student_grid_size
 from hdscale.teachers.build import build_teachers
+from hdscale.teachers.files import load_teacher_file, save_teacher_file
 from hdscale.teachers.targets import TeacherPair
-from hdscale.types import Batch
+from hdscale.types import Batch, ComparedTokens, TeacherShapes
 from hdscale.vit.position import sincos_position_embedding
 from tests.conftest import ROOT, write_teacher
 
@@ -88,9 +89,7 @@ class Setup:
             mask_config=self.recipe.mask,
             seed=0,
             num_patches=16,
-            cls_in_relation=self.distiller.cls_in_relation,
-            cls_in_features=self.distiller.cls_in_features,
-            features_on=features_on,
+            compared=ComparedTokens(self.distiller.cls_in_relation, self.distiller.cls_in_features, features_on),
         )
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -304,5 +303,35 @@ def test_the_first_rank_says_once_who_has_no_class_token(said_at_start, tmp_path
     assert said_at_start(student, "relation.heads=merged") == line.format("the student")
     assert said_at_start(teacher, rank=1) == ""
     assert said_at_start(teacher, "loss.cls=exclude") == ""
-    assert said_at_start() == ""
     assert said_at_start("feature_teacher=null") == ""
+
+
+def test_the_first_rank_says_that_no_loss_has_looked_at_a_teacher_s_class_token(said_at_start, world, tmp_path):
+    file = load_recipe(world.recipe).feature_teacher.weights
+    line = (
+        f"loss.cls include: no loss has looked at the class token of {file}; loss.cls=exclude compares patches only\n"
+    )
+    assert said_at_start() == line
+    assert said_at_start(rank=1) == ""
+    assert said_at_start("loss.cls=exclude") == ""
+    for looked, said in ((False, 1), (True, 0)):
+        teacher, copy = load_teacher_file(file, ""), tmp_path / f"{looked}.safetensors"
+        arch, mean, std, kind, state, _ = teacher
+        save_teacher_file(copy, state, arch, mean, std, kind=kind, cls_in_loss=looked)
+        assert said_at_start(f"feature_teacher.weights={copy}").count("no loss has looked") == said
+
+
+def test_a_last_block_whose_tokens_are_compared_trains_the_class_token(world):
+    for layers, target, cls, trained in (
+        ("[-1]", "features", "include", True),
+        ("[-1]", "features", "exclude", False),
+        ("[-2]", "features", "include", False),
+        ("[-1]", "relation", "include", False),
+    ):
+        words = ["loss.cls=exclude", f"relation.layers={layers}", f"relation.target={target}", f"relation.cls={cls}"]
+        recipe = load_recipe(world.recipe, words)
+        teachers = TeacherShapes(feature_dim=48, relation_heads=3, relation_dim=48, relation_has_cls=True)
+        distiller = build_distiller(
+            recipe.student, recipe.relation, recipe.loss, img_size=32, seed=0, teachers=teachers
+        )
+        assert distiller.cls_in_loss == trained

@@ -92,11 +92,19 @@ def load_teacher_file(path: str | Path, field: str) -> TeacherFile:
 
 def stored_normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return mean and deviation from a file that `save_teacher_file` wrote; None for other files."""
+    said = _said_by(path)
+    return None if said is None else (tuple(said["mean"]), tuple(said["std"]))
+
+
+def class_token_in_no_loss(path: str | Path) -> bool:
+    """Tell whether a file of hdscale's has a class token that no loss is known to have looked at."""
+    said = _said_by(path)
+    return said is not None and not said.get("cls_in_loss", False)
+
+
+def _said_by(path: str | Path) -> dict[str, Any] | None:
     if Path(path).suffix != ".safetensors":
         return None
     with safe_open(path, framework="pt") as file:
         about = (file.metadata() or {}).get("hdscale")
-    if about is None:
-        return None
-    said = json.loads(about)
-    return tuple(said["mean"]), tuple(said["std"])
+    return None if about is None else json.loads(about)

@@ -18,12 +18,13 @@ from hdscale.masking.store import MaskStore
 from hdscale.runs.folder import mark_done
 from hdscale.student.build import student_grid_size
 from hdscale.teachers.build import TEACHER_SECTIONS, FrozenTeacher, Teachers, build_teachers
+from hdscale.teachers.files import class_token_in_no_loss
 from hdscale.teachers.targets import TeacherPair
 from hdscale.teachers.weights import weights_digest
 from hdscale.training.loop import train_run
 from hdscale.training.masks import open_mask_store
 from hdscale.training.run import Run, Session, check_run, start_engine, with_fingerprints
-from hdscale.types import Batch, Targets
+from hdscale.types import Batch, ComparedTokens, Targets
 
 
 def distill(
@@ -50,7 +51,7 @@ def distill(
     run = check_run(recipe, ds_config, allow_change)  # cheap checks first: teachers may be gigabytes from the network
     models = build_models(run)
     with distributed() as ranks:
-        note = cls_left_out(recipe, models)
+        note = note_on_class_token(recipe, models)
         if note is not None and stream is not None and ranks.is_first:
             print(note, file=stream, flush=True)
         session = start(run, models, ranks, teacher_ds_config)
@@ -108,10 +109,18 @@ def build_models(
     )
 
 
-def cls_left_out(recipe: Recipe, models: Models) -> str | None:
-    """Say who lacks the class token that `loss.cls` asks for; None where nothing is left out."""
-    if recipe.loss.cls == "exclude" or models.teachers.feature is None or models.distiller.cls_in_features:
+def note_on_class_token(recipe: Recipe, models: Models) -> str | None:
+    """Say who lacks the class token that `loss.cls` asks for, or that nothing has trained it; None: all is as asked."""
+    config = recipe.feature_teacher
+    if recipe.loss.cls == "exclude" or config is None:
         return None
+    if models.distiller.cls_in_features:
+        if config.source != "file" or not class_token_in_no_loss(config.weights):
+            return None
+        return (
+            f"loss.cls include: no loss has looked at the class token of {config.weights}; loss.cls=exclude compares "
+            "patches only"
+        )
     who = "the feature teacher" if models.distiller.student.has_cls else "the student"
     return f"loss.cls include: {who} has no class token, features are compared at patches only"
 
@@ -138,9 +147,7 @@ def start(run: Run, models: Models, ranks: Ranks, teacher_ds_config: Mapping[str
         mask_config=recipe.mask,
         seed=recipe.run.seed,
         num_patches=distiller.student.grid_size**2,
-        cls_in_relation=distiller.cls_in_relation,
-        cls_in_features=distiller.cls_in_features,
-        features_on=recipe.loss.features_on,
+        compared=ComparedTokens(distiller.cls_in_relation, distiller.cls_in_features, recipe.loss.features_on),
     )
 
     def ask_teachers(batch: Batch) -> tuple[Tensor, Targets]:

@@ -200,7 +200,7 @@ def _save(session: Session, step: int, bad_samples: list[int]) -> None:
         "cursor": step * run.recipe.optim.global_batch_size,
         **optimizer_state(engine),
         "quarantine": bad_samples,
-        "cls_in_loss": getattr(engine.module, "cls_in_features", False),  # for export: the recipe cannot know
+        "cls_in_loss": getattr(engine.module, "cls_in_loss", False),  # for export: the recipe cannot know
         "fingerprints": run.fingerprints,
     }
     shard = gather_shard(engine, ranks.rank, ranks.world_size)

@@ -33,7 +33,8 @@ class Setting:
     """A student between made-up teachers, and one micro-batch; an engine only lends its module and its loss scale."""
 
     def __init__(self, world, *overrides, feature=True, relation=True):
-        self.recipe = load_recipe(world.recipe, [EVERY, "loss.cls=exclude", *overrides])
+        self.recipe = load_recipe(world.recipe, [EVERY, *overrides])
+        self.num_cls = int(self.recipe.loss.cls == "include")  # of the tokens whose features are compared
         self.distiller = build_distiller(
             self.recipe.student,
             self.recipe.relation,
@@ -41,7 +42,10 @@ class Setting:
             img_size=SIDE,
             seed=3,
             teachers=TeacherShapes(
-                feature_dim=40 if feature else None, relation_heads=3 if relation else None, relation_has_cls=True
+                feature_dim=40 if feature else None,
+                feature_has_cls=True,
+                relation_heads=3 if relation else None,
+                relation_has_cls=True,
             ),
         ).train()
         with torch.no_grad():
@@ -53,7 +57,7 @@ class Setting:
         )
         self.targets = Targets(
             kept.sort(dim=1).values,
-            draw(B, KEPT, 40, seed=2) if feature else None,
+            draw(B, self.num_cls + KEPT, 40, seed=2) if feature else None,
             (draw(B, 3, 1 + KEPT, 1 + KEPT, seed=4), draw(B, 3, 1 + KEPT, 1 + KEPT, seed=5)) if relation else (),
         )
         self.engine = SimpleNamespace(module=self.distiller, optimizer=SimpleNamespace(loss_scale=1.0))
@@ -82,7 +86,7 @@ def plain_norms(setting, alpha=1.0):
     x, query, key = plain_block(model.blocks[1], tokens)
     x, query_2, key_2 = plain_block(model.blocks[2], x)
     x, _, _ = plain_block(model.blocks[3], x)
-    norm, linear = plain_norm(model.norm, x)[:, 1:], setting.distiller.head
+    norm, linear = plain_norm(model.norm, x)[:, 1 - setting.num_cls :], setting.distiller.head
     predicted = linear(norm)
     wanted = (features - features.mean(-1, keepdim=True)) / (features.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
     feature = F.smooth_l1_loss(predicted, wanted, beta=2.0)
@@ -123,10 +127,11 @@ def measured(setting, accumulation=1):
     return norms.read()
 
 
+@pytest.mark.parametrize("cls", ["include", "exclude"])
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 @pytest.mark.parametrize("loss_scale", [1.0, LOSS_SCALE])
-def test_norms_are_those_of_autograd_whatever_scales_the_loss(loss_scale, checkpoint_every, world, process_group):
-    setting = Setting(world, "loss.alpha=0.3", f"student.checkpoint_every={checkpoint_every}")
+def test_norms_are_those_of_autograd_whatever_scales_the_loss(loss_scale, checkpoint_every, cls, world, process_group):
+    setting = Setting(world, "loss.alpha=0.3", f"student.checkpoint_every={checkpoint_every}", f"loss.cls={cls}")
     setting.engine.optimizer.loss_scale = loss_scale
     found = measured(setting, accumulation=2)
     feature, relation = plain_norms(setting, alpha=0.3)
