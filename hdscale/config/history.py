@@ -19,7 +19,9 @@ LATER_FIELDS: Mapping[str, LaterField] = {
     "loss.cls": LaterField("exclude", lambda recipe: recipe.feature_teacher is not None),
     "student.init": LaterField("timm", lambda _: True),
     "student.drop_path_per": LaterField("rank", lambda recipe: recipe.student.drop_path > 0),
-    "mask.random_per": LaterField("view", lambda recipe: recipe.mask.strategy == "random"),
+    "mask.random_per": LaterField(  # a fresh view has its epoch's number
+        "view", lambda recipe: recipe.mask.strategy == "random" and recipe.data.views != "fresh"
+    ),
     "relation.token_head": LaterField(
         "width", lambda recipe: recipe.relation_teacher is not None and recipe.relation.target != "relation"
     ),

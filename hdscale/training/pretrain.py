@@ -62,7 +62,8 @@ def _refuse_earlier_decoder(checkpoint: Checkpoint) -> None:
     if "decoder.pixels.weight" in checkpoint.names(WEIGHT):
         raise UserError(
             f"{checkpoint.path}: this MAE is of an earlier version, whose decoder lacks the class token, and cannot go "
-            "on: choose another run.name (its encoder.safetensors, if it has one, stays good as a teacher)"
+            "on: choose another run.name, or move the folder away (its encoder.safetensors, if it has one, stays good "
+            "as a teacher)"
         )
 
 

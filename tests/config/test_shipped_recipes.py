@@ -15,7 +15,7 @@ SAID = {
     "hybrid_deit_b": ("fresh", "progressive online", 128, "mae", 300, 40),
     "hybrid_dino_b": ("fresh", "progressive online", 128, "mae", 300, 40),
     "vit_l_in1k": ("fresh", "progressive online", 32, "mae", 300, 40),
-    "vit_l_in21k": (4, "progressive store", None, "mae", 40, 2),
+    "vit_l_in21k": (4, "progressive store", 16, "mae", 40, 2),
     "vit_l_in21k_literal": ("fresh", "progressive online", 32, "mae", 40, 2),
     "distill_deit_b": ("fresh", "none", None, "mae", 300, 40),
     "distill_mae_b": ("fresh", "none", None, "mae", 300, 40),
@@ -26,7 +26,7 @@ SAID = {
     "dbot_deit_b": ("fresh", "random epoch", None, "mae", 150, 40),
     "dbot_deit_b_stage2": ("fresh", "random epoch", None, "mae", 150, 40),
     "reconstruct_deit_b": ("fresh", "random epoch", None, "mae", 100, 40),
-    "demo_hybrid": (4, "progressive store", None, "mae", 18, 2),
+    "demo_hybrid": (4, "progressive store", 16, "mae", 18, 2),
     "demo_feature_only": (4, "none", None, "mae", 18, 2),
     "demo_teacher": ("fresh", "none", None, "mae", 20, 2),
 }
@@ -35,7 +35,7 @@ SAID = {
 def said(recipe, stated):
     mask = recipe.mask
     how = {"none": "none", "random": f"random {mask.random_per}"}.get(mask.strategy, f"{mask.strategy} {mask.source}")
-    group = stated["mask"]["images_per_forward"] if mask.is_online else None  # not the code's default
+    group = stated["mask"]["images_per_forward"] if mask.chosen_by_teacher else None  # not the code's default
     schedule = recipe.schedule
     return recipe.data.views, how, group, recipe.student.init, schedule.epochs, schedule.warmup_epochs
 

@@ -1,5 +1,6 @@
 """data_tools/imagenet100.txt: Table 4's classes."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from data_tools.make_shards import main
 from hdscale.data.index import open_shards
 from hdscale.shards.sources.classes import read_class_list
 
+CMC_S = "fa2b1926ad6f96fb2011dfd8e1621f1d1c1014144cbb3465ee1579cb042df394"
 LIST = Path(__file__).resolve().parents[2] / "data_tools/imagenet100.txt"
 
 
@@ -20,6 +22,8 @@ def test_it_names_100_different_synsets_of_imagenet_1k():
     imagenet_1k = (Path(timm.__file__).parent / "data/_info/imagenet_synsets.txt").read_text().split()
     assert len(imagenet_1k) == 1000
     assert set(synsets) < set(imagenet_1k)
+    # CMC's list, in its order.
+    assert hashlib.sha256(" ".join(synsets).encode()).hexdigest() == CMC_S
 
 
 def test_shards_of_these_classes_are_made_by_their_list(tmp_path):
