@@ -12,8 +12,8 @@ from hdscale.evaluation.accuracy import Accuracy, Difference
 from hdscale.evaluation.measure import SummaryRow
 from hdscale.grid import grid
 
-LAST_LAYERS = 4
-"""Layers in the table; TensorBoard has all of them."""
+LAST_LAYERS = 3
+"""Layers in the table, which is to stay narrow; TensorBoard and the JSON file have all of them, and NMI by head."""
 
 _NOTHING = "-"
 
@@ -50,9 +50,12 @@ def render_probe(result: Accuracy, num_train: int) -> str:
 def render_summary(rows: Sequence[SummaryRow], *, neighbors: int) -> str:
     """Return the table and the comparison of students as plain text."""
     depth = min((LAST_LAYERS, *(len(row.curves.nmi) for row in rows if row.curves is not None)))
-    header = ("model", "k-NN %", "head distance px", "sd over heads px", "NMI", "sd over heads", "images/s")
+    header = ("model", "k-NN %", "head distance px", "sd over heads", "NMI", "images/s")
     lines = grid(header, [_cells(row, depth) for row in rows], ruled=True)
-    lines += ["", f"head distance and NMI: last {depth} layers, mean over heads; sd: standard deviation over heads"]
+    lines += [
+        "",
+        f"last {depth} layers: head distance and NMI are means over heads, sd is the head distance's deviation",
+    ]
     lines += [f"k-NN: k = {neighbors}, {rows[0].knn.num} held-out samples, accuracy +- its standard error"]
     lines += [_sentence(*names, difference) for names, difference in student_differences(rows).items()]
     return "\n".join(lines)
@@ -106,14 +109,13 @@ def curve_scalars(rows: Sequence[SummaryRow]) -> list[dict[str, float]]:
 
 
 def _cells(row: SummaryRow, depth: int) -> tuple[str, ...]:
-    figures = [_NOTHING] * 4
+    figures = [_NOTHING] * 3
     if row.curves is not None:
         distances, nmis = (over_heads(values[-depth:]) for values in row.curves)
         figures = [
             " ".join(f"{heads.mean:5.1f}" for heads in distances),
             " ".join(f"{heads.deviation:4.1f}" for heads in distances),
             " ".join(f"{heads.mean:.2f}" for heads in nmis),
-            " ".join(f"{heads.deviation:.2f}" for heads in nmis),
         ]
     rate = _NOTHING if row.images_per_second is None else f"{row.images_per_second:.0f}"
     return row.name, _percent(row.knn), *figures, rate
