@@ -18,7 +18,7 @@ from hdscale.student.build import Student, build_student
 from hdscale.student.decoder import TransformerDecoder, build_decoder
 from hdscale.student.heads import build_head, build_layer_heads
 from hdscale.types import LossTerms, Targets, TeacherShapes, ViTOutput
-from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
+from hdscale.vit.tokens import compared_tokens, other_indices, take_rows, token_rows
 
 
 class Distiller(nn.Module):
@@ -138,7 +138,7 @@ class Distiller(nn.Module):
         return terms
 
     def _related_tokens(self, x: Tensor) -> Tensor:
-        return relation_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation)
+        return compared_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation)
 
 
 def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:

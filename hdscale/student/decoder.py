@@ -12,7 +12,7 @@ from hdscale.student.build import Student
 from hdscale.student.init import draw_weights
 from hdscale.vit.encoder import with_queries_and_keys
 from hdscale.vit.position import sincos_position_embedding
-from hdscale.vit.tokens import relation_tokens, take_rows, token_rows
+from hdscale.vit.tokens import compared_tokens, take_rows, token_rows
 
 _EPS = 1e-6
 
@@ -79,7 +79,7 @@ class TransformerDecoder(nn.Module):
         x = self._start(prefix_tokens, patch_tokens, keep_indices)
         for block in self.blocks:
             x = block(x)
-        return self.norm(relation_tokens(x, self.num_prefix_tokens, cls=cls))
+        return self.norm(compared_tokens(x, self.num_prefix_tokens, cls=cls))
 
     def queries_and_keys(
         self, prefix_tokens: Tensor, patch_tokens: Tensor

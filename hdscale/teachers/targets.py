@@ -13,7 +13,7 @@ from hdscale.masking.counts import num_kept
 from hdscale.masking.progressive import keep_least_redundant, progressive_keep_indices
 from hdscale.masking.random import random_keep_indices
 from hdscale.types import Batch, ComparedTokens, Targets, ViTOutput
-from hdscale.vit.tokens import other_indices, relation_tokens, take_rows, token_rows
+from hdscale.vit.tokens import compared_tokens, other_indices, take_rows, token_rows
 
 
 class TeacherPair:
@@ -111,9 +111,9 @@ class TeacherPair:
     def _related(self, output: ViTOutput, num_patches: int) -> tuple[Tensor, ...]:
         """Turn an output of `num_patches` patches into relations (B, A or 1, S, S) or tokens (B, S, T) by layer."""
         config, cls = self.relation_config, self.compared.cls_in_relation
-        relations = [relation_tokens(x, x.shape[1] - num_patches, cls=cls) for x in output.layer_tokens]
+        relations = [compared_tokens(x, x.shape[1] - num_patches, cls=cls) for x in output.layer_tokens]
         for pair in zip(output.queries, output.keys, strict=True):
-            query, key = (relation_tokens(x, x.shape[2] - num_patches, cls=cls) for x in pair)
+            query, key = (compared_tokens(x, x.shape[2] - num_patches, cls=cls) for x in pair)
             relations.append(token_relation(query, key, config.scale, config.heads))
         return tuple(relations)
 

@@ -25,7 +25,7 @@ def other_indices(keep_indices: Tensor, num_patches: int) -> Tensor:
     return dropped.argsort(dim=1, descending=True, stable=True)[:, : num_patches - num_keep]
 
 
-def relation_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
+def compared_tokens(x: Tensor, num_prefix_tokens: int, *, cls: bool) -> Tensor:
     """Drop registers, and the class token unless `cls`: (..., P + K, E) to (..., S, E), S = K or 1 + K.
 
     Whatever is compared goes through it: row by row, student and teacher speak of the same tokens.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hdscale.vit.tokens import relation_tokens
+from hdscale.vit.tokens import compared_tokens
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from hdscale.vit.tokens import relation_tokens
 )
 def test_relations_are_of_patches_and_the_class_token_where_asked(num_prefix, cls, rows):
     x = torch.randn(2, 4, num_prefix + 3, 8)
-    assert torch.equal(relation_tokens(x, num_prefix, cls=cls), x[:, :, rows])
+    assert torch.equal(compared_tokens(x, num_prefix, cls=cls), x[:, :, rows])
