@@ -167,7 +167,9 @@ class JobBuilder:
         ending = f"{_run_digest(recipe, output)}-seed{seed}"
         if ending not in self._folders:
             there = [path for path in sorted((output / "runs").glob(f"*-{ending}")) if not changed_on_the_way(path)]
-            folder = there[0] if there else self._folders_by_recipe.get(ending)
+            there += [self._folders_by_recipe[ending]] if ending in self._folders_by_recipe else []
+            done = [path for path in there if (path / "DONE").is_file()]
+            folder = next(iter(done or there), None)
             begun = output / "runs" / f"{self._settings.table.key}-{row.key}-{ending}"
             if begun.exists():  # and was changed on the way
                 begun = begun.with_name(f"{self._settings.table.key}-{row.key}-anew-{ending}")

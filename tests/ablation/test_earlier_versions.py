@@ -94,6 +94,14 @@ def test_of_two_runs_that_mean_the_same_the_finished_one_is_taken(tmp_path):
     assert row_of("8", "none", DEMO, tmp_path, *AS_BEFORE).folder == second
 
 
+def test_a_finished_run_that_means_the_same_is_taken_before_one_that_was_only_begun_under_today_s_name(tmp_path):
+    begun = row_of("8", "none", DEMO, tmp_path, *AS_BEFORE)
+    write_run_folder(begun.folder, begun.recipe, {}, 2)
+    assert row_of("8", "none", DEMO, tmp_path, *AS_BEFORE).folder == begun.folder
+    finished = write_recipe(tmp_path / "runs" / "a-1-seed0", begun.recipe)
+    assert row_of("8", "none", DEMO, tmp_path, *AS_BEFORE).folder == finished
+
+
 def test_a_run_whose_recipe_was_changed_on_the_way_stands_for_no_row(tmp_path):
     recipe = row_of("8", "none", DEMO, tmp_path).recipe
     for name in ("a-1-seed0", recipe.run.name):  # found by what its recipe means, and by its name
