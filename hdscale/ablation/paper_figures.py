@@ -1,4 +1,7 @@
-"""Figures 1 to 3 and 5 to 9 of the paper: curves over layers, of which it prints no numbers."""
+"""Figures 1 to 3, 5 and 7 to 9 of the paper: curves over layers, of which it prints no numbers.
+
+Figure 6 shows rows of Table 11 and stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -105,20 +108,6 @@ PAPER_FIGURES = (
         ),
         base=("schedule.epochs=@main", "feature_teacher=@clip", "relation_teacher=@mae"),
         notes=("The attention pictures of panel (c) are not made here.",),
-    ),
-    Table(
-        "fig6",
-        "average head distance of (a) the DINO baseline, (b) Hybrid Distill with MAE and DINO as teachers",
-        "distill-dino",
-        (
-            Row("mae", "MAE", model="@mae"),
-            Row("dino", "(a) DINO", model="@dino"),
-            Row("distill-dino", "Distill-DINO", ("feature_teacher=@dino", *_DIRECT)),
-            Row("distill-mae", "Distill-MAE", ("feature_teacher=@mae", *_DIRECT)),
-            Row("hybrid", "(b) Hybrid Distill", ("feature_teacher=@dino", "relation_teacher=@mae", *_MASKED)),
-        ),
-        base=("schedule.epochs=@main",),
-        notes=("The paper has panels (a) and (b) alone; the other curves are those of Table 11's other rows.",),
     ),
     Table(
         "fig7",

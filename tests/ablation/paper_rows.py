@@ -244,10 +244,10 @@ ROWS = {
     ],
     "fig6": [  # its panels are (a) and (b); the others are Table 11's
         ("mae", "MAE", None, "distill-dino", {"feature_teacher": "mae"}),
-        ("dino", "(a) DINO", None, "distill-dino", {"feature_teacher": "dino"}),
+        ("dino", "DINO", None, "distill-dino", {"feature_teacher": "dino"}),
         ("distill-dino", "Distill-DINO", None, "distill-dino", alone("dino", 300)),
         ("distill-mae", "Distill-MAE", None, "distill-dino", alone("mae", 300)),
-        ("hybrid", "(b) Hybrid Distill", None, "distill-dino", masked("dino", 300)),
+        ("hybrid", "Hybrid Distill", None, "distill-dino", masked("dino", 300)),
     ],
     "fig7": [
         ("deit", "(a) DeiT", None, "symmetric", {"feature_teacher": "deit"}),
