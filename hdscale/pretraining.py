@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdscale.config.sections import PretrainConfig
-from hdscale.errors import UserError
 from hdscale.masking.counts import num_kept
 from hdscale.masking.random import random_keep_indices
 from hdscale.student.build import Student
-from hdscale.student.decoder import TransformerDecoder
+from hdscale.student.decoder import decoder_behind
 from hdscale.student.init import draw_weights
 from hdscale.types import Batch, LossTerms
 
@@ -39,24 +38,12 @@ class MaskedAutoencoder(nn.Module):
             UserError: the decoder's width is no multiple of its heads, or of the 4 parts of a sin-cos embedding.
         """
         super().__init__()
-        dim, heads = config.decoder_dim, config.decoder_heads
-        if dim % heads or dim % 4:
-            raise UserError(
-                f"pretrain.decoder_dim must be a multiple of 4 and of pretrain.decoder_heads {heads}, got {dim}"
-            )
+        dim, depth, heads = config.decoder_dim, config.decoder_depth, config.decoder_heads
         self.encoder = encoder
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.decoder = TransformerDecoder(
-                encoder.embed_dim,
-                dim,
-                config.decoder_depth,
-                heads,
-                grid_size=encoder.grid_size,
-                num_prefix_tokens=encoder.num_prefix_tokens,
-                drop_path=0.0,
-                mask_tokens=True,
-            )
+        self.decoder = decoder_behind(
+            encoder, dim, depth, heads, drop_path=0.0, mask_tokens=True, seed=seed, section="pretrain"
+        )
+        with torch.random.fork_rng(devices=[]):  # PyTorch draws first
             self.pixels = nn.Linear(dim, 3 * encoder.patch_size**2)
         decoder = nn.ModuleList([self.decoder, self.pixels])
         draw_weights(decoder, self.decoder.blocks, "mae", seed=seed, stream="decoder")

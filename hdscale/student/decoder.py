@@ -111,6 +111,50 @@ class TransformerDecoder(nn.Module):
         return torch.cat([prefix, everywhere.scatter(1, places, seen)], dim=1)
 
 
+def decoder_behind(
+    encoder: Student,
+    dim: int,
+    depth: int,
+    heads: int,
+    *,
+    drop_path: float,
+    mask_tokens: bool,
+    seed: int,
+    section: str,
+) -> TransformerDecoder:
+    """Build the decoder of an encoder's tokens, with weights as PyTorch and `TransformerDecoder` draw them.
+
+    Args:
+        encoder: whose prefix and patch tokens come in.
+        dim: width of the blocks.
+        depth: blocks.
+        heads: of their attention.
+        drop_path: as `TransformerDecoder` takes it.
+        mask_tokens: as `TransformerDecoder` takes it.
+        seed: of the weights; the caller's random state is left alone.
+        section: of the recipe, which named the sizes, for messages.
+
+    Raises:
+        UserError: the width is no multiple of the heads, or of the 4 parts of a sin-cos embedding.
+    """
+    if dim % heads or dim % 4:
+        raise UserError(
+            f"{section}.decoder_dim must be a multiple of 4 and of {section}.decoder_heads {heads}, got {dim}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return TransformerDecoder(
+            encoder.embed_dim,
+            dim,
+            depth,
+            heads,
+            grid_size=encoder.grid_size,
+            num_prefix_tokens=encoder.num_prefix_tokens,
+            drop_path=drop_path,
+            mask_tokens=mask_tokens,
+        )
+
+
 def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> TransformerDecoder | None:
     """Build the blocks of `student.decoder: transformer`; None for other decoders.
 
@@ -119,21 +163,15 @@ def build_decoder(config: StudentConfig, student: Student, *, seed: int) -> Tran
     """
     if config.decoder != "transformer":
         return None
-    dim = config.decoder_dim or student.embed_dim
-    heads = config.decoder_heads or student.num_heads
-    if dim % heads or dim % 4:
-        raise UserError(f"student.decoder_dim must be a multiple of 4 and of student.decoder_heads {heads}, got {dim}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        decoder = TransformerDecoder(
-            student.embed_dim,
-            dim,
-            config.decoder_depth,
-            heads,
-            grid_size=student.grid_size,
-            num_prefix_tokens=student.num_prefix_tokens,
-            drop_path=config.drop_path,
-            mask_tokens=config.mask_tokens == "decoder",
-        )
+    decoder = decoder_behind(
+        student,
+        config.decoder_dim or student.embed_dim,
+        config.decoder_depth,
+        config.decoder_heads or student.num_heads,
+        drop_path=config.drop_path,
+        mask_tokens=config.mask_tokens == "decoder",
+        seed=seed,
+        section="student",
+    )
     draw_weights(decoder, decoder.blocks, config.init, seed=seed, stream="decoder")
     return decoder
