@@ -141,14 +141,12 @@ class Distiller(nn.Module):
         return compared_tokens(x, self.student.num_prefix_tokens, cls=self.cls_in_relation)
 
 
-def relations_include_cls(relation: RelationConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
-    """Tell whether relations have the class token's row and column: both sides must have one (TinyMIM, FD)."""
-    return relation.cls == "include" and student_has_cls and teacher_has_cls
+def compares_cls(section: RelationConfig | LossConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
+    """Tell whether a term compares the class token: its section asks for it, and both sides have one.
 
-
-def features_include_cls(loss: LossConfig, *, student_has_cls: bool, teacher_has_cls: bool) -> bool:
-    """Tell whether the feature term has the class token as its first row: both sides must have one (dBOT, FD)."""
-    return loss.cls == "include" and student_has_cls and teacher_has_cls
+    Relations have its row and column then (TinyMIM, FD), features its row (dBOT, FD).
+    """
+    return section.cls == "include" and student_has_cls and teacher_has_cls
 
 
 def check_heads(relation: RelationConfig, *, student_heads: int, teacher_heads: int) -> None:
@@ -213,8 +211,8 @@ def build_distiller(
         head,
         relation,
         loss,
-        cls_in_relation=relations_include_cls(relation, student_has_cls=has, teacher_has_cls=teachers.relation_has_cls),
-        cls_in_features=features_include_cls(loss, student_has_cls=has, teacher_has_cls=teachers.feature_has_cls),
+        cls_in_relation=compares_cls(relation, student_has_cls=has, teacher_has_cls=teachers.relation_has_cls),
+        cls_in_features=compares_cls(loss, student_has_cls=has, teacher_has_cls=teachers.feature_has_cls),
         layer_heads=layer_heads,
         decoder=decoder,
     )

@@ -13,8 +13,7 @@ import hdscale.training.distill as distillation
 from hdscale.config.deepspeed import load_ds_config
 from hdscale.config.loading import load_recipe
 from hdscale.config.recipe import Recipe
-from hdscale.config.sections import LossConfig
-from hdscale.distiller import build_distiller, features_include_cls
+from hdscale.distiller import build_distiller
 from hdscale.engine.ranks import Ranks
 from hdscale.flops import count_flops, step_flops_per_image
 from hdscale.student.build import student_grid_size
@@ -266,14 +265,6 @@ def test_a_student_or_teacher_without_a_class_token_leaves_it_out(student, teach
     assert 2 * step_flops_per_image(setup.recipe, setup.distiller, setup.teachers) == count_flops(
         lambda: setup.terms().total.backward()
     )
-
-
-def test_the_class_token_needs_both_sides_and_the_recipe():
-    include, exclude = LossConfig(cls="include"), LossConfig(cls="exclude")
-    assert features_include_cls(include, student_has_cls=True, teacher_has_cls=True)
-    assert not features_include_cls(include, student_has_cls=False, teacher_has_cls=True)
-    assert not features_include_cls(include, student_has_cls=True, teacher_has_cls=False)
-    assert not features_include_cls(exclude, student_has_cls=True, teacher_has_cls=True)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hdscale.config.sections import LossConfig, RelationConfig, StudentConfig
-from hdscale.distiller import build_distiller, check_heads, relations_include_cls
+from hdscale.distiller import build_distiller, check_heads, compares_cls
 from hdscale.errors import UserError
 from hdscale.student.load import load_decoder, load_student
 from hdscale.types import Targets, TeacherShapes
@@ -246,12 +246,13 @@ def test_no_teacher_at_all_is_refused():
         make(feature_dim=None, relation_heads=None)
 
 
-def test_the_class_token_needs_both_sides_and_the_recipe():
-    include, exclude = RelationConfig(cls="include"), RelationConfig(cls="exclude")
-    assert relations_include_cls(include, student_has_cls=True, teacher_has_cls=True)
-    assert not relations_include_cls(include, student_has_cls=False, teacher_has_cls=True)
-    assert not relations_include_cls(include, student_has_cls=True, teacher_has_cls=False)
-    assert not relations_include_cls(exclude, student_has_cls=True, teacher_has_cls=True)
+@pytest.mark.parametrize("section", [RelationConfig, LossConfig])
+def test_the_class_token_needs_both_sides_and_the_recipe(section):
+    include, exclude = section(cls="include"), section(cls="exclude")
+    assert compares_cls(include, student_has_cls=True, teacher_has_cls=True)
+    assert not compares_cls(include, student_has_cls=False, teacher_has_cls=True)
+    assert not compares_cls(include, student_has_cls=True, teacher_has_cls=False)
+    assert not compares_cls(exclude, student_has_cls=True, teacher_has_cls=True)
 
 
 def test_a_loaded_student_gives_the_trained_students_features(images):
