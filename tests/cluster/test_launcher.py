@@ -11,6 +11,8 @@ from hdscale.cluster.launcher import (
     deepspeed_command,
     free_port,
     launch_environment,
+    planned_world_size,
+    started_by_launcher,
 )
 from hdscale.errors import UserError
 from hdscale.provenance import ROOT
@@ -110,3 +112,12 @@ def test_a_launch_gets_this_hdscale_and_forgets_which_rank_started_it(monkeypatc
     }
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert launch_environment(on_cpu=True)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_rank_knows_before_it_meets_the_others_how_many_were_started(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (started_by_launcher(), planned_world_size()) == (False, 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert (started_by_launcher(), planned_world_size()) == (True, 3)

@@ -93,6 +93,12 @@ def test_an_old_run_is_refused_under_a_new_default_and_goes_on_when_it_is_set_ba
     check_recipe_unchanged(folder, load_recipe(None, [*CONTEXT, f"{field}={BEFORE[field]}"]), [])
 
 
+def test_random_masks_of_fresh_views_are_the_same_by_epoch_and_by_view(old_run):
+    """A fresh view has its epoch's number."""
+    overrides = [*CONTEXT, "data.views=fresh", "mask.source=online"]
+    check_recipe_unchanged(old_run(overrides, ["mask.random_per"]), load_recipe(None, overrides), [])
+
+
 @pytest.mark.parametrize("field", WITHOUT_BEARING)
 def test_a_field_that_makes_no_difference_to_a_run_is_not_compared(field, old_run):
     overrides = [*CONTEXT, *WITHOUT_BEARING[field]]
