@@ -95,6 +95,7 @@ def write_masks(world, **changed):
     recipe = load_recipe(world.recipe)
     shards = open_shards(world.folder / "shards", "train")
     teacher = build_teacher(recipe.relation_teacher, role="relation", grid_size=8, mask=recipe.mask)
+    # Written out, not `store_fingerprint`: both sides of the comparison would otherwise be wrong alike.
     fingerprint = mask_fingerprint(
         recipe.mask,
         teacher_digest=teacher.digest,
