@@ -191,12 +191,14 @@ def test_a_signal_between_a_command_s_start_and_the_wait_for_it_is_heeded_in_the
 
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", start)
-    job = script_job(tmp_path, "import time; time.sleep(600)")
+    job = script_job(tmp_path, "import time; time.sleep(60)")  # a signal that is lost is seen when it ends
     before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("nobody has taken the signal"))
     try:
         with pytest.raises(Stopped):
             Launcher(DEMO, 2, None, tmp_path / "logs").run(job)
         assert started[0].returncode == -signal.SIGTERM
+    except KeyboardInterrupt:
+        pytest.fail("the signal came through while nobody knew of the command")
     finally:
         signal.signal(signal.SIGTERM, before)
         started[0].kill()
